@@ -46,7 +46,12 @@ def macro_lengths(segments: Tensor) -> Tensor:
 
 def spread(y: Tensor, segments: Tensor) -> Tensor:
     """Macro quantities y [B, M] -> token quantities [B, T]: each token gets its macro action's
-    entry, padding gets 0. M may exceed the number of macro actions."""
+    entry, padding gets 0. M may exceed the number of macro actions; ValueError if it falls short
+    (looked at on CPU alone, where nothing has to wait)."""
+    if segments.device.type == "cpu" and y.shape[1] < _columns(segments):
+        raise ValueError(
+            f"spread: {y.shape[1]} columns for segments of {_columns(segments)} macro actions"
+        )
     return _spread(y, torch.where(segments < 0, y.shape[1], segments))
 
 
@@ -113,7 +118,7 @@ def macro_gae(
 def _columns(segments):
     """M, without waiting for a device."""
     if segments.device.type == "cpu" and segments.numel():
-        return int(segments.max()) + 1
+        return int(segments.max()) + 1  # the one read on the host
     return segments.shape[1]
 
 
@@ -145,10 +150,10 @@ def _pool(x, places, columns, weights, gamma):
     lengths = _lengths(places, columns)  # [B, M]
     if weights == "equal":
         return _sum(x, places, columns) / lengths.clamp(min=1)
-    # i and |omega| of each token, both [B, T]; off the mask they are of no account.
+    # i and |omega| - i of each token, both [B, T]; off the mask anything that keeps sigma finite.
     begins = lengths.cumsum(1) - lengths
-    index = (places < columns).cumsum(1) - 1 - _spread(begins, places)
-    left = _spread(lengths, places) - index
+    index = ((places < columns).cumsum(1) - 1 - _spread(begins, places)).clamp(min=0)
+    left = (_spread(lengths, places) - index).clamp(min=1)
     if weights == "first":
         sigma = (index == 0).to(x.dtype)
     elif weights == "unit":

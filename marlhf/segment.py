@@ -142,7 +142,7 @@ class Perplexity:
         if self.reading == "neighbour":
             rises[1:] = loss[1:] > loss[:-1]
             return rises
-        mean, length = torch.zeros_like(loss[0]), torch.zeros_like(loss[0])
+        mean, length = loss.new_zeros(2, loss.shape[1])
         for now, rise in zip(loss.unbind(0), rises.unbind(0), strict=True):
             torch.gt(now, mean, out=rise)
             length.masked_fill_(rise, 0.0).add_(1.0)

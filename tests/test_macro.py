@@ -105,13 +105,24 @@ def test_pool_matches_reference(batch, weights, gamma):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_pool_gradients(weights):
-    """Against finite differences; NaN in padding gets gradient 0."""
+    """Against finite differences."""
     x = X.nan_to_num(0.0).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: pool(x, SEGMENTS, weights, 0.9), x)
-    x = X.clone().requires_grad_()
-    pool(x, SEGMENTS, weights, 0.9).sum().backward()
+
+
+@given(batches(), st.sampled_from(WEIGHTS), st.sampled_from([0.0, 0.9]))
+@settings(max_examples=60, deadline=None)
+def test_pool_gradients_stop_at_the_mask(batch, weights, gamma):
+    x, _, segments = batch
+    x.requires_grad_()
+    pool(x, segments, weights, gamma).sum().backward()
     assert x.grad.isfinite().all()
-    assert (x.grad[SEGMENTS < 0] == 0).all()
+    assert (x.grad[segments < 0] == 0).all()
+
+
+def test_spread_refuses_too_few_columns():
+    with pytest.raises(ValueError, match="2 columns for segments of 3 macro actions"):
+        spread(torch.ones(2, 2), SEGMENTS)
 
 
 # gae

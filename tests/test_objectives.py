@@ -287,31 +287,29 @@ def test_host_never_waits_for_the_device():
 
 def test_policy_stats_by_hand():
     old = tensor([-1.0, -1, -1, -1, NAN])
-    ratios = tensor([1.5, 0.9, 1.1, 0.5, 1])
+    ratios = tensor([1.5, 0.9, 1.1, 0.4, 1])
     mask = tensor([1, 1, 1, 1, 0], dtype=torch.bool)
-    token = policy_stats(old + ratios.log(), old, mask)
-    kl = sum(r - 1 - math.log(r) for r in (1.5, 0.9, 1.1, 0.5)) / 4
-    assert_close(
-        {k: v.item() for k, v in token.items()},
-        {
-            "clip_fraction": 0.5,
-            "approx_kl": kl,
-            "ratio_max": 1.5,
-        },
-    )
-    # Macro ratios: 1.5 * 0.9 * 1.1 = 1.485 for three tokens, 0.5 for one.
-    segments = tensor([0, 0, 0, 1, -1], dtype=torch.int64)
-    macro = policy_stats(old + ratios.log(), old, mask, 0.6, "macro", segments)
-    assert_close(
-        {k: v.item() for k, v in macro.items()},
-        {
-            "clip_fraction": 0.0,
-            "approx_kl": kl,
-            "ratio_max": 1.485,
-        },
-    )
-    macro = policy_stats(old + ratios.log(), old, mask, 0.49, "macro", segments)
-    assert_close(macro["clip_fraction"].item(), 0.25)
+    logprobs = old + ratios.log()
+
+    def stats(**options):
+        return {k: v.item() for k, v in policy_stats(logprobs, old, mask, **options).items()}
+
+    kl = sum(r - 1 - math.log(r) for r in (1.5, 0.9, 1.1, 0.4)) / 4
+    assert_close(stats(), {"clip_fraction": 0.5, "approx_kl": kl, "ratio_max": 1.5})
+    # Macro ratios: 1.5 * 0.9 * 1.1 = 1.485 for three tokens, 0.4 for one.
+    macro = {"ratio": "macro", "segments": tensor([0, 0, 0, 1, -1], dtype=torch.int64)}
+    expected = {"clip_fraction": 0.25, "approx_kl": kl, "ratio_max": 1.485}
+    assert_close(stats(clip=0.5, **macro), expected)
+    assert_close(stats(clip=0.4, **macro), {**expected, "clip_fraction": 1.0})
+
+
+def test_largest_ratio_is_not_paddings():
+    """Padding has log-ratio 0, so ratio 1, which is above every valid one here."""
+    mask = tensor([1, 0], dtype=torch.bool)
+    old, segments = tensor([-1.0, NAN]), tensor([0, -1], dtype=torch.int64)
+    for ratio in ("token", "macro"):
+        stats = policy_stats(old - 1, old, mask, ratio=ratio, segments=segments)
+        assert_close(stats["ratio_max"].item(), math.exp(-1))
 
 
 # token_rewards

@@ -253,7 +253,7 @@ def test_perplexity_matches_reference(batch, reading):
 @pytest.mark.parametrize("segmenter", ALL, ids=repr)
 @given(batches())
 @settings(max_examples=25, deadline=None)
-def test_contract(segmenter, batch):
+def test_rules_hold_whatever_the_padding_order_and_dtype(segmenter, batch):
     """The rules of `segments` hold; padding of whatever content, the order of the batch and the
     dtype of the mask change nothing."""
     mask, ref = batch

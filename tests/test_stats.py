@@ -65,16 +65,16 @@ def test_pairing_takes_the_chain_out():
 
 @pytest.mark.parametrize("n, confidence", [(3, 0.95), (6, 0.95), (6, 0.8)])
 def test_intervals_cover(n, confidence):
-    """1,500 experiments of n chains: coverage within 4 standard errors of the promise, while the
+    """1,000 experiments of n chains: coverage within 4 standard errors of the promise, while the
     chain's own spread is five times the runs'."""
     rng = np.random.default_rng(n)
     mean, paired, ratio = [], [], []
-    for _ in range(1500):
+    for _ in range(1000):
         a, b = chains(rng, n)
         mean.append(mean_interval(a + 3, confidence))
         paired.append(paired_interval(a + 0.5, b, confidence))
         ratio.append(ratio_interval(np.exp(a + 0.5), np.exp(b), confidence))
-    slack = 4 * math.sqrt(confidence * (1 - confidence) / 1500)
+    slack = 4 * math.sqrt(confidence * (1 - confidence) / 1000)
     assert covered(mean, 3) == pytest.approx(confidence, abs=slack)
     assert covered(paired, 0.5) == pytest.approx(confidence, abs=slack)
     assert covered(ratio, math.exp(0.5)) == pytest.approx(confidence, abs=slack)
