@@ -45,7 +45,7 @@ class DataConfig:
     task: str = option("tldr", "module of marlhf/tasks that reads the rows")
     source: str = option("embedded", "embedded (generated twin), hub, a hub name, a file or folder")
     revision: str | None = option(None, "revision of a hub data set; null: the one the task pins")
-    size: int = option(12000, "rows that the embedded twin generates", least=1)
+    size: int = option(12000, "posts that the embedded twin generates", least=1)
     seed: int = option(1234, "seed of the split (and of the twin's rows)", least=0)
     split: list[float] = option([0.2, 0.4, 0.4], "shares of the SFT, RM and PPO prompts")
     valid: int = option(256, "held-out prompts, in none of the three parts", least=1)

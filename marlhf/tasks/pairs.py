@@ -1,0 +1,69 @@
+"""Preferences of any kind, from a plain file or hub set: no twin, no truth.
+
+Columns: prompt with chosen and rejected (and response, the demonstration, else chosen is it), as in
+Dahoas/full-hh-rlhf; or prompt with response alone, which has no reward model's part. Multi-turn
+prompts are cut at their start, oldest turns first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from marlhf.tasks.base import Item, Row, Task, need_columns, normalised, text_of
+from marlhf.text import DataError, Prompt
+
+PAIR = ("prompt", "chosen", "rejected")
+# What a prompt ends with and may not lose: the name of who answers, as in "\n\nAssistant:".
+ENDING = re.compile(r"\s*\n[^\n]{1,30}:\s*$")
+
+
+class Pairs(Task):
+    name = "pairs"
+    hub = "Dahoas/full-hh-rlhf"
+
+    def read(self, row: Row) -> Item | str:
+        columns = row.data.keys()
+        if columns & {"chosen", "rejected"}:
+            need_columns(row, PAIR)
+        elif "prompt" not in columns or "response" not in columns:
+            raise DataError(
+                f"{row.where}: missing columns; wanted {', '.join(PAIR)} (response is optional), "
+                f"or prompt, response; found {', '.join(columns) or 'none'}"
+            )
+        prompt = text_of(row, row.data["prompt"], "prompt")
+        texts = {
+            name: _response(prompt, text_of(row, row.data[name], name, empty=name == "response"))
+            for name in ("chosen", "rejected", "response")
+            if name in columns
+        }
+        key = normalised(prompt)
+        name = str(row.data.get("id") or hashlib.sha256(key.encode()).hexdigest()[:12])
+        if "chosen" not in texts:
+            if not texts["response"]:
+                text_of(row, None, "response")
+            return Item(key, name, _prompt(prompt), texts["response"])
+        if normalised(texts["chosen"]) == normalised(texts["rejected"]):
+            return "tie"
+        return Item(
+            key,
+            name,
+            _prompt(prompt),
+            texts.get("response") or texts["chosen"],
+            pair=(texts["chosen"], texts["rejected"]),
+        )
+
+
+def _prompt(text: str) -> Prompt:
+    ending = ENDING.search(text)
+    end = ending.start() if ending and ending.start() else len(text)
+    return Prompt("", text[:end], text[end:], cut="start")
+
+
+def _response(prompt: str, text: str) -> str:
+    """A response as it follows its prompt: with a space between, where neither brings one."""
+    text = text.rstrip()
+    return " " + text if text and not (prompt[-1].isspace() or text[0].isspace()) else text
+
+
+task = Pairs()
