@@ -1,0 +1,144 @@
+"""Batched sampling with a key-value cache.
+
+One uniform number per token decides it, by inverting the cumulative distribution; the numbers are
+keyed by (seed, stream, update, prompt), so that a row's response depends neither on the batch it is
+sampled in, nor on its place there, nor on what was sampled before.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from marlhf.models import position_ids
+from marlhf.runs import keyed_rng
+
+
+@dataclass
+class Sample:
+    """Responses ``[B, T]`` right padded; the end token, where sampled, is part of the response."""
+
+    tokens: torch.Tensor  # int64 [B, T], pad id off the mask
+    mask: torch.Tensor  # bool [B, T]
+    finished: torch.Tensor  # bool [B]: an end token was sampled
+    logprobs: torch.Tensor  # float32 [B, T] under the distribution sampled from; 0 off the mask
+    full_logprobs: torch.Tensor  # float32 [B, T] at the same temperature over the whole vocabulary
+    kept: torch.Tensor | None  # int64 [B, T, k]: the ids that top-k kept; None without top-k
+
+
+def keyed_uniforms(seed: int, stream: str, update: int, prompts: list[str], length: int):
+    """Uniform numbers in [0, 1), ``[B, length]``; row i is keyed by its own prompt alone."""
+    rows = [keyed_rng(seed, stream, update, p).random(length, dtype=np.float32) for p in prompts]
+    return torch.from_numpy(np.stack(rows))
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_k: int | None):
+    """One token a row by inverse CDF: logits ``[B, V]``, uniform ``[B]``.
+
+    -> tokens, log-probabilities as sampled and over the whole vocabulary, kept ids or None.
+    Temperature 0 takes the most likely token, with log-probability 0.
+    """
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        zero = torch.zeros_like(uniform)
+        return tokens, zero, zero, None
+    full = (logits.float() / temperature).log_softmax(-1)
+    kept, logprobs = None, full
+    if top_k is not None and top_k < full.shape[-1]:
+        logprobs, kept = full.topk(top_k, dim=-1)
+        logprobs = logprobs.log_softmax(-1)
+    cumulative = logprobs.exp().cumsum(-1)
+    # scaled by the total, so that rounding in the sum cannot leave a gap at the end
+    target = (uniform * cumulative[:, -1]).unsqueeze(-1)
+    index = torch.searchsorted(cumulative, target, right=True).clamp_(max=logprobs.shape[-1] - 1)
+    tokens = (index if kept is None else kept.gather(-1, index)).squeeze(-1)
+    return (
+        tokens,
+        logprobs.gather(-1, index).squeeze(-1),
+        full.gather(-1, tokens.unsqueeze(-1)).squeeze(-1),
+        kept,
+    )
+
+
+def _full_attention(config) -> bool:
+    """Whether every layer attends to the whole context: then one mask serves all of them."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        return all(kind == "full_attention" for kind in kinds)
+    return getattr(text, "sliding_window", None) is None
+
+
+class Sampler:
+    """Samples responses from a causal LM. A serving engine can stand behind the same call.
+
+    ``sampler(ids [B, P], mask [B, P], uniforms [B, T]) -> Sample``
+    """
+
+    def __init__(self, model, tokenizer, temperature: float, top_k: int | None = None):
+        if temperature < 0:
+            raise ValueError(f"temperature={temperature} must not be negative")
+        self.model = model
+        self.pad = tokenizer.pad_token_id
+        self.eos = tokenizer.eos_token_id
+        self.temperature = temperature
+        self.top_k = top_k
+
+    @torch.no_grad()
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor) -> Sample:
+        from transformers import StaticCache
+
+        model, (rows, prompt), length = self.model, ids.shape, uniforms.shape[1]
+        training = model.training
+        model.eval()
+        device = ids.device
+        uniforms = uniforms.to(device)
+        cache = StaticCache(config=model.config, max_cache_len=prompt + length)
+        attend = torch.zeros(rows, prompt + length, dtype=torch.bool, device=device)
+        attend[:, :prompt] = mask
+        plain = _full_attention(model.config)
+        position = mask.long().sum(-1, keepdim=True)
+
+        tokens = torch.full((rows, length), self.pad, dtype=torch.long, device=device)
+        valid = torch.zeros(rows, length, dtype=torch.bool, device=device)
+        logprobs = torch.zeros(rows, length, device=device)
+        full = torch.zeros(rows, length, device=device)
+        kept = None
+        alive = torch.ones(rows, dtype=torch.bool, device=device)
+        # asking an accelerator whether all rows have ended makes the host wait for it
+        every = 1 if device.type == "cpu" else 16
+
+        logits = model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask),
+            past_key_values=cache,
+            logits_to_keep=1,
+            use_cache=True,
+        ).logits[:, -1]
+        for t in range(length):
+            token, logprob, whole, ids_kept = draw(
+                logits, uniforms[:, t], self.temperature, self.top_k
+            )
+            tokens[:, t] = torch.where(alive, token, self.pad)
+            valid[:, t] = alive
+            logprobs[:, t] = torch.where(alive, logprob, 0.0)
+            full[:, t] = torch.where(alive, whole, 0.0)
+            if ids_kept is not None:
+                if kept is None:
+                    kept = ids_kept.new_zeros(rows, length, ids_kept.shape[-1])
+                kept[:, t] = ids_kept
+            alive = alive & (token != self.eos)
+            if t == length - 1 or ((t + 1) % every == 0 and not alive.any()):
+                break
+            attend[:, prompt + t] = True
+            logits = model(
+                input_ids=tokens[:, t : t + 1],
+                attention_mask=attend[:, None, None, :] if plain else attend[:, : prompt + t + 1],
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]
+            position = position + 1
+        model.train(training)
+        return Sample(tokens, valid, ~alive, logprobs, full, kept)
