@@ -95,6 +95,10 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(rubbish)
 
 
+class TrainingError(RuntimeError):
+    """Training cannot go on: a loss or score is not finite, or sampler and learner disagree."""
+
+
 class _Lock:
     """An flock on a file: the kernel lets go of it when the process dies."""
 
