@@ -1,0 +1,449 @@
+"""Stage 3: PPO with macro actions (Alg. 1), in four steps that can be called one by one.
+
+    trainer = PPOTrainer(config, data, sft, rm)
+    rollout = trainer.rollout(update)        # sample responses
+    trainer.score(rollout)                   # rewards, reference, values
+    advantages = trainer.advantages(rollout) # macro actions, GAE over them, spread back to tokens
+    metrics = trainer.update(rollout, advantages)
+
+Shapes: B responses, T tokens of the longest, M macro actions of the row with most. All randomness
+is keyed by (seed, stream, update, prompt): a resumed run repeats what an unbroken one does.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from marlhf.config import Config
+from marlhf.evaluate import Evaluator, Prompts, response_texts, summarise
+from marlhf.macro import macro_gae
+from marlhf.models import (
+    ActorCritic,
+    Reference,
+    disable_dropout,
+    load_policy,
+    load_scalar,
+    pack,
+    reuse_memory,
+    save_model,
+)
+from marlhf.objectives import (
+    masked_mean,
+    policy_loss,
+    policy_stats,
+    token_rewards,
+    value_loss,
+    whiten,
+)
+from marlhf.rewards import RewardModel, TrueScore
+from marlhf.rollout import Advantages, Rollout, diagnostics
+from marlhf.runs import Run, TrainingError, keyed_rng
+from marlhf.sampling import Sampler, keyed_uniforms
+from marlhf.segment import check_segments, make_segmenter
+from marlhf.tasks import get_task
+from marlhf.tasks.base import TaskData
+from marlhf.text import load_tokenizer
+
+# The largest gap that rounding leaves between the sampler's log-probability of a token and the
+# learner's on the first pass; a larger one means that they are not the same policy.
+TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1.0, torch.float16: 0.3}
+
+
+class PPOTrainer:
+    """MA-PPO on one task. `config.ppo.macro` chooses the termination condition; "token" is PPO.
+
+    `sft` is the folder (or hub name) of the policy to start from and its reference, `rm` that of
+    the reward model (None where the task scores itself). With a `run`, `train` is resumable.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: TaskData,
+        sft: str | Path,
+        rm: str | Path | None = None,
+        run: Run | None = None,
+    ):
+        from accelerate import Accelerator
+        from transformers import get_scheduler
+
+        self.config, self.ppo, self.data, self.run = config, config.ppo, data, run
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.device = self.accelerator.device
+        self.world = self.accelerator.num_processes
+        seed = config.seed
+        reuse_memory()
+        self.tokenizer = load_tokenizer(
+            str(sft), config.model.revision, config.model.trust_remote_code
+        )
+        policy = load_policy(config.model, self.tokenizer, sft, seed)
+        self.task = get_task(config.data.task)
+        self.reward = self._reward(rm)
+        actor = ActorCritic(policy, *self._critic(sft, rm))
+        disable_dropout(actor)
+        actor.to(self.device)
+        self.reference = Reference(actor.policy)
+        self.truth = TrueScore(self.task) if self.task.has_truth(config.data) else None
+        optimizer = torch.optim.AdamW(
+            actor.parameter_groups(self.ppo.lr, self.ppo.critic_lr, self.ppo.weight_decay),
+            fused=True,
+        )
+        steps = self.ppo.updates * self.ppo.passes * self.ppo.minibatches
+        scheduler = get_scheduler(
+            {"constant": "constant_with_warmup"}.get(self.ppo.schedule, self.ppo.schedule),
+            optimizer,
+            num_warmup_steps=self.ppo.warmup * self.ppo.passes * self.ppo.minibatches,
+            num_training_steps=steps,
+        )
+        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
+            actor, optimizer, scheduler
+        )
+        macro = self.ppo.macro
+        self.segmenter = make_segmenter(
+            macro.termination,
+            n=macro.n,
+            lengths=tuple(macro.lengths),
+            repeats=macro.repeats,
+            reading=macro.reading,
+        )
+        if len(data.ppo) < self.ppo.batch:
+            raise ValueError(
+                f"ppo.batch={self.ppo.batch} prompts, but the PPO part of the data has "
+                f"{len(data.ppo)}: lower ppo.batch or give more rows"
+            )
+        budget = config.data.prompt_tokens
+        self.prompts = Prompts(data.ppo, self.tokenizer, budget)
+        self.evaluator = Evaluator(
+            prompts=Prompts(data.valid[: config.eval.prompts], self.tokenizer, budget),
+            tokenizer=self.tokenizer,
+            reference=self.reference,
+            reward=self.reward,
+            truth=self.truth,
+            length=config.data.response_tokens,
+            temperature=self.ppo.sampling.temperature,
+            top_k=self.ppo.sampling.top_k,
+            seed=config.data.seed,
+            batch=config.eval.batch,
+            device=self.device,
+        )
+        self.done, self.seconds = 0, 0.0
+        self._stepped = False  # the weights are between two updates, unless this is set
+
+    @property
+    def actor(self) -> ActorCritic:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _reward(self, rm):
+        if self.ppo.reward == "task":
+            return TrueScore(self.task)
+        if rm is None:
+            raise ValueError("ppo.reward=rm needs a reward model: give one, or set ppo.reward=task")
+        return RewardModel.load(rm, self.config, device=self.device)
+
+    def _critic(self, sft, rm) -> tuple:
+        """The critic and the shift and scale of its values (Sec. 4.1: it starts from the RM)."""
+        model, kind, seed = self.config.model, self.ppo.critic_init, self.config.seed
+        if kind != "rm":
+            return (load_scalar(model, self.tokenizer, sft, zero_head=kind == "zero", seed=seed),)
+        if rm is None:
+            raise ValueError("ppo.critic_init=rm needs a reward model: set it to policy or zero")
+        mean, std = self.reward.mean, self.reward.std
+        return load_scalar(model, self.tokenizer, rm, seed=seed), -mean / std, 1.0 / std
+
+    # The four steps
+
+    def rollout(self, update: int) -> Rollout:
+        """Samples a response to each prompt of this update (of this process' share of them)."""
+        config = self.config
+        examples, ids, mask = self.prompts.batch(self._prompt_index(update))
+        uniforms = keyed_uniforms(
+            config.seed, "rollout", update, [e.id for e in examples], config.data.response_tokens
+        )
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        sampling = self.ppo.sampling
+        sampler = Sampler(self.actor.policy, self.tokenizer, sampling.temperature, sampling.top_k)
+        sample = sampler(ids, mask, uniforms)
+        longest = int(sample.mask.sum(1).max())
+        packed, starts = pack(ids, mask, sample.tokens, sample.mask, sampler.pad)
+        return Rollout(
+            update=update,
+            examples=examples,
+            texts=response_texts(sample, self.tokenizer),
+            ids=packed,
+            starts=starts,
+            tokens=sample.tokens[:, :longest],
+            mask=sample.mask[:, :longest],
+            finished=sample.finished,
+            logprobs=sample.logprobs[:, :longest],
+            full_logprobs=sample.full_logprobs[:, :longest],
+            kept=None if sample.kept is None else sample.kept[:, :longest],
+        )
+
+    def _prompt_index(self, update: int) -> list[int]:
+        """This process' prompts of an update: epochs of the prompts, each shuffled by its key."""
+        count, batch = len(self.prompts), self.ppo.batch
+        places = range(update * batch, (update + 1) * batch)
+        orders = {
+            epoch: keyed_rng(self.config.seed, "prompts", epoch).permutation(count)
+            for epoch in {place // count for place in places}
+        }
+        index = [int(orders[place // count][place % count]) for place in places]
+        return index[self.accelerator.process_index :: self.world]
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout) -> Rollout:
+        """Scores of the texts, the reference's log-probabilities, the critic's values."""
+        columns = {
+            "finished": rollout.finished.tolist(),
+            "length": rollout.mask.sum(1).tolist(),
+        }
+        examples, texts = rollout.examples, rollout.texts
+        rollout.rm_scores = np.asarray(self.reward(examples, texts, columns), np.float32)
+        bad = np.flatnonzero(~np.isfinite(rollout.rm_scores))
+        if len(bad):
+            raise TrainingError(
+                f"update {rollout.update + 1}: the score of prompt {examples[bad[0]].id!r} is "
+                f"{rollout.rm_scores[bad[0]]}; its response: {texts[bad[0]]!r}"
+            )
+        if self.truth is not None:
+            rollout.true_scores = np.asarray(self.truth(examples, texts, columns), np.float32)
+        scores = torch.from_numpy(rollout.rm_scores).to(self.device)
+        if self.ppo.reward_clip is not None:
+            scores = scores.clamp(-self.ppo.reward_clip, self.ppo.reward_clip)
+        rollout.scores = scores - self.ppo.missing_end_penalty * (~rollout.finished).float()
+
+        ids, starts, tokens, mask = rollout.ids, rollout.starts, rollout.tokens, rollout.mask
+        temperatures = [self.ppo.sampling.temperature]
+        if self.ppo.macro.termination == "perplexity":
+            temperatures.append(1.0)
+        found = self.reference.logprobs(ids, starts, tokens, mask, *temperatures)
+        rollout.ref_logprobs, rollout.ref_logprobs_1 = found[0], found[-1]
+        if self._one_forward:
+            # the update's only forward pass is here, so the old values cost no pass of their own
+            with torch.enable_grad():
+                rollout.forward = self.model(ids, starts, mask, temperatures[0], rollout.kept)
+            rollout.values = rollout.forward[1].detach()
+        else:
+            rollout.values = self.model(ids, starts, mask, parts="values")
+        return rollout
+
+    @property
+    def _one_forward(self) -> bool:
+        ppo = self.ppo
+        return ppo.passes == 1 and ppo.minibatches == 1 and ppo.micro_batch is None
+
+    def advantages(self, rollout: Rollout) -> Advantages:
+        """Macro actions, their rewards and values, GAE over them (Alg. 1), spread to tokens."""
+        ppo, mask = self.ppo, rollout.mask
+        key = (self.config.seed, "segments", rollout.update)
+        generators = [
+            torch.Generator().manual_seed(int(keyed_rng(*key, e.id).integers(2**62)))
+            for e in (rollout.examples if ppo.macro.termination == "random" else [])
+        ]
+        segments = self.segmenter(
+            rollout.tokens, mask, ref_logprobs=rollout.ref_logprobs_1, generator=generators or None
+        )
+        if self.device.type == "cpu":
+            check_segments(segments, mask)
+        rewards = token_rewards(rollout.scores, rollout.kl, mask, ppo.kl_coef)
+        advantages, returns = macro_gae(
+            rewards,
+            rollout.values,
+            segments,
+            ppo.gamma,
+            ppo.lam,
+            ppo.macro.value_weights,
+            ppo.macro.reward_weights,
+        )
+        if ppo.whiten:
+            advantages = whiten(advantages, mask)
+        return Advantages(segments, rewards, advantages, returns)
+
+    def update(self, rollout: Rollout, advantages: Advantages) -> dict[str, float]:
+        """Passes over the rollout in minibatches, an optimizer step each. -> what to watch."""
+        rows, stats = len(rollout.tokens), []
+        for number in range(self.ppo.passes):
+            order = torch.arange(rows)
+            if self.ppo.minibatches > 1:
+                rng = keyed_rng(self.config.seed, "minibatches", rollout.update, number)
+                order = torch.from_numpy(rng.permutation(rows))
+            for index in order.chunk(self.ppo.minibatches):
+                stats.append(self._step(rollout, advantages, index, first=not stats))
+        rollout.forward = None
+        self.done, self._stepped = rollout.update + 1, False
+        return {name: float(np.mean([s[name] for s in stats])) for name in stats[0]}
+
+    def _step(self, rollout, advantages, index, first: bool) -> dict[str, float]:
+        """One optimizer step on the rows `index`, in micro-batches of one gradient."""
+        # every micro-batch of every process divides by the tokens of the whole minibatch
+        tokens = self.accelerator.reduce(rollout.mask[index].sum().float(), "sum") / self.world
+        totals: dict[str, torch.Tensor] = {}
+        for micro in index.split(self.ppo.micro_batch or len(index)):
+            loss, stats = self._loss(rollout, advantages, micro, tokens, first)
+            self.accelerator.backward(loss)
+            for name, value in stats.items():
+                totals[name] = totals.get(name, 0.0) + value
+        if not all(math.isfinite(totals[name]) for name in ("policy_loss", "value_loss")):
+            names = ", ".join(rollout.examples[i].id for i in index[:3].tolist())
+            raise TrainingError(
+                f"update {rollout.update + 1}: the loss is not finite (policy "
+                f"{float(totals['policy_loss'])}, value {float(totals['value_loss'])}) on the "
+                f"batch of prompts {names}, ..."
+            )
+        norms = [
+            self.accelerator.clip_grad_norm_(module.parameters(), self.ppo.max_grad_norm)
+            for module in (self.actor.policy, self.actor.critic)
+        ]
+        lr = self.scheduler.get_last_lr()[0]
+        self._stepped = True
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return {name: float(value) for name, value in totals.items()} | {
+            "grad_norm": float(norms[0]),
+            "critic_grad_norm": float(norms[1]),
+            "lr": lr,
+        }
+
+    def _loss(self, rollout, advantages, index, tokens, first: bool) -> tuple[torch.Tensor, dict]:
+        whole = len(index) == len(rollout.tokens) and rollout.forward is not None
+        if whole:
+            logprobs, values, entropies = rollout.forward
+        else:
+            logprobs, values, entropies = self.model(
+                rollout.ids[index],
+                rollout.starts[index],
+                rollout.mask[index],
+                self.ppo.sampling.temperature,
+                None if rollout.kept is None else rollout.kept[index],
+            )
+        mask, old = rollout.mask[index], rollout.logprobs[index]
+        if first:
+            self._same_policy(rollout.update, logprobs, old, mask)
+        segments, ratio = advantages.segments[index], self.ppo.macro.ratio
+        shares = {"ratio": ratio, "segments": segments, "denominator": tokens}
+        policy = policy_loss(
+            logprobs, old, advantages.advantages[index], mask, self.ppo.clip, **shares
+        )
+        value = value_loss(
+            values,
+            rollout.values[index],
+            advantages.returns[index],
+            mask,
+            self.ppo.value_clip,
+            denominator=tokens,
+        )
+        with torch.no_grad():
+            stats = policy_stats(logprobs, old, mask, self.ppo.clip, **shares)
+            stats |= {
+                "policy_loss": policy.detach(),
+                "value_loss": value.detach(),
+                "entropy": masked_mean(entropies, mask, tokens),
+            }
+        return policy + value, stats
+
+    def _same_policy(self, update, logprobs, old, mask) -> None:
+        """The ratio of the first pass is 1: what was sampled from is what is optimised."""
+        gap = float(torch.where(mask, logprobs.detach() - old, 0.0).abs().max())
+        dtype = next(self.actor.policy.parameters()).dtype
+        if gap > TOLERANCE[dtype] and update == self.done:
+            raise TrainingError(
+                f"update {update + 1}: sampler and learner differ by {gap:.3g} in a token's "
+                f"log-probability ({TOLERANCE[dtype]} is rounding in {dtype}): this architecture "
+                "treats its cache, padding or logits in a way that marlhf does not know"
+            )
+
+    # The loop
+
+    def train(self) -> None:
+        """All updates, with an evaluation every so many; goes on from the run's last checkpoint."""
+        run = self.run
+        found = run.resume()
+        if found:
+            self.load(found[1])
+        if self.done == 0:
+            self.evaluate()
+        while self.done < self.ppo.updates:
+            try:
+                row = self.one_update(self.done)
+            except TrainingError as error:
+                where = self._save_failed()
+                raise TrainingError(f"{error}. {where}") from None
+            run.log("metrics", row)
+            if self.done % self.config.eval.every == 0 or self.done == self.ppo.updates:
+                self.evaluate()
+            if self.done % self.ppo.checkpoint_every == 0 and self.done < self.ppo.updates:
+                run.save_checkpoint(self.done, self.save)
+            run.progress(self.done, self.ppo.updates)
+
+    def one_update(self, update: int) -> dict:
+        """Rollout, score, advantages, update; -> the row of metrics."""
+        clock = [self._now()]
+        rollout = self.rollout(update)
+        clock.append(self._now())
+        self.score(rollout)
+        clock.append(self._now())
+        advantages = self.advantages(rollout)
+        clock.append(self._now())
+        stats = self.update(rollout, advantages)
+        clock.append(self._now())
+        parts = dict(zip(("rollout", "score", "advantages", "update"), np.diff(clock), strict=True))
+        self.seconds += clock[-1] - clock[0]
+        count = {"update": self.done, "prompts_seen": self.done * self.ppo.batch}
+        return count | diagnostics(rollout, advantages) | stats | {
+            "tokens_per_second": int(rollout.mask.sum()) * self.world / (clock[-1] - clock[0]),
+            **{f"sec_{name}": float(value) for name, value in parts.items()},
+            "seconds": self.seconds,
+        }  # fmt: skip
+
+    def evaluate(self) -> dict:
+        """Scores on the held-out prompts, a row in `evals` and one a prompt in `samples`."""
+        start = self._now()
+        rows = self.evaluator(self.actor.policy)
+        summary = {"update": self.done, "seconds": self.seconds, **summarise(rows)}
+        summary["sec_eval"] = self._now() - start
+        if self.run is not None and self.accelerator.is_main_process:
+            self.run.log("evals", summary)
+            for row in rows:
+                self.run.log("samples", {"update": self.done, **row})
+        return summary
+
+    def save(self, folder: Path) -> None:
+        """Everything that training goes on from: weights, optimizer, schedule, counters."""
+        self.accelerator.save_state(str(folder), safe_serialization=False)  # keeps tied weights
+        state = {"done": self.done, "seconds": self.seconds}
+        (folder / "trainer.json").write_text(json.dumps(state))
+
+    def load(self, folder: Path) -> None:
+        self.accelerator.load_state(str(folder))
+        state = json.loads((folder / "trainer.json").read_text())
+        self.done, self.seconds = state["done"], state["seconds"]
+
+    def _save_failed(self) -> str:
+        """Keeps the state that the failing update began from, if it has not stepped yet."""
+        self.optimizer.zero_grad()
+        if self._stepped:
+            return f"The last checkpoint is in {self.run.path}"
+        self.run.save_checkpoint(self.done, self.save)
+        return f"The state after update {self.done} is kept in {self.run.path}"
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def train_ppo(config: Config, data: TaskData, run: Run, sft: Path, rm: Path | None) -> None:
+    """Trains from the finished runs `sft` and `rm`, saves policy and critic, finishes the run."""
+    trainer = PPOTrainer(config, data, sft / "model", rm and rm / "model", run)
+    trainer.train()
+    actor, tokenizer = trainer.actor, trainer.tokenizer
+    run.save_model(lambda folder: save_model(actor.policy, tokenizer, folder))
+    run.save_model(lambda folder: save_model(actor.critic, tokenizer, folder), name="critic")
+    evals = run.frame("evals")
+    first, last = evals.iloc[0].to_dict(), evals.iloc[-1].to_dict()
+    run.finish({"before": first, "after": last, "training_seconds": trainer.seconds})
