@@ -1,0 +1,215 @@
+"""Experiments: arms of one task over several chains, their tables, and what a scale costs.
+
+configs/experiments/<name>.yaml holds the task, the chains of each scale, the arms with their
+settings, and, written down before the runs, the endpoints and the comparisons. An arm is measured
+in every chain, so that arms are compared within chains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from marlhf.config import CONFIGS, Config, ConfigError, load_config, nearest, read_yaml
+from marlhf.pool import RunFailed, execute, minutes
+from marlhf.runs import Run
+from marlhf.stages import Spec, load_data, run_stage, stage_spec, with_parents
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["Experiment", "RunFailed", "Spec", "execute", "plan", "run", "run_stage", "stage_spec"]
+
+KEYS = ("title", "task", "presets", "chains", "arms", "endpoints", "comparisons")
+TABLES = ("evals", "metrics", "samples")
+
+
+def run(stage: str, config: Config, sft: str | None = None, rm: str | None = None) -> Run:
+    """One stage of one chain, and those it needs, in this process: the same as the command line.
+
+    `import marlhf; run = marlhf.run("ppo", marlhf.load_config("tldr-tiny", "ppo.lam=0.99"))`,
+    then `run.frame("evals")`, `run.manifest["summary"]`, and the model under `run.path / "model"`.
+    """
+    return execute([stage_spec(stage, config, sft, rm)], workers=0)[0]
+
+
+def evaluate(
+    model: str, config: Config, sft: str | None = None, rm: str | None = None
+) -> list[dict[str, Any]]:
+    """A model's responses to the held-out prompts, a row each with its scores, length and KL to
+    the chain's SFT model. `model` is a run's folder or any model with the SFT model's tokenizer;
+    the chain's own SFT and reward model are run first unless `sft` and `rm` are given."""
+    from marlhf.models import load_policy
+    from marlhf.ppo import PPOTrainer
+    from marlhf.text import load_tokenizer
+
+    judge = stage_spec("ppo", config, sft, rm)
+    parents = dict(zip(judge.parents, execute(list(judge.parents.values()), 0), strict=True))
+    folders = {key: run.path / "model" for key, run in parents.items()}
+    trainer = PPOTrainer(config, load_data(config), folders["sft"], folders.get("rm"))
+    source = Path(model) / "model" if (Path(model) / "manifest.json").is_file() else model
+    if load_tokenizer(str(source)).get_vocab() != trainer.tokenizer.get_vocab():
+        raise ValueError(f"{model} has another tokenizer than the SFT model: give that with --sft")
+    return trainer.evaluator(load_policy(config.model, trainer.tokenizer, source).eval())
+
+
+def experiments() -> list[str]:
+    """Names of the experiments in configs/experiments."""
+    return sorted(path.stem for path in (CONFIGS / "experiments").glob("*.yaml"))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment at a scale. `arms` maps a key to its label, in the order of the file;
+    `endpoints` and `comparisons` are as the file has them."""
+
+    name: str
+    scale: str
+    title: str
+    seeds: tuple[int, ...]
+    arms: dict[str, str]
+    endpoints: dict[str, Any]
+    comparisons: list[tuple[str, str]]
+    configs: dict[tuple[str, int], Config] = field(repr=False)
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        scale: str = "tiny",
+        overrides: Sequence[str] = (),
+        seeds: Sequence[int] | None = None,
+    ) -> Experiment:
+        """Reads configs/experiments/<name>.yaml. `overrides` are put on top of every arm; `seeds`
+        replace the chains 0, 1, ... (pilots). Raises ConfigError, which names the file and key."""
+        path = CONFIGS / "experiments" / f"{name}.yaml"
+        if not path.is_file():
+            raise ConfigError(f"unknown experiment {name!r}.{nearest(name, experiments())}")
+        tree = read_yaml(path)
+        for key in tree:
+            if key not in KEYS:
+                raise ConfigError(f"{path}: unknown key {key!r}.{nearest(str(key), KEYS)}")
+        for key in ("task", "chains", "arms"):
+            if not tree.get(key):
+                raise ConfigError(f"{path}: {key} is missing")
+        if scale not in tree["chains"]:
+            raise ConfigError(f"{path}: no scale {scale!r}.{nearest(scale, tree['chains'])}")
+        chains = tuple(range(tree["chains"][scale]) if seeds is None else seeds)
+        preset = tree.get("presets", {}).get(scale, f"{tree['task']}-{scale}")
+        labels, configs = {}, {}
+        for arm, settings in tree["arms"].items():
+            settings = dict(settings or {})
+            labels[arm] = str(settings.pop("label", arm))
+            for seed in chains:
+                try:
+                    configs[arm, seed] = load_config(preset, settings, *overrides, {"seed": seed})
+                except ConfigError as error:
+                    raise ConfigError(f"{path}, arm {arm}: {error}") from None
+        comparisons = [tuple(pair) for pair in tree.get("comparisons", [])]
+        for pair in comparisons:
+            for arm in pair:
+                if arm not in labels:
+                    raise ConfigError(f"{path}, comparisons: no arm {arm!r}.{nearest(arm, labels)}")
+        title, endpoints = tree.get("title", name), tree.get("endpoints", {})
+        return cls(name, scale, title, chains, labels, endpoints, comparisons, configs)
+
+    def arm_specs(self) -> dict[tuple[str, int], Spec]:
+        """The PPO run of each arm and chain, chain by chain; equal settings give equal hashes."""
+        return {
+            (arm, seed): stage_spec("ppo", self.configs[arm, seed], arm=arm)
+            for seed in self.seeds
+            for arm in self.arms
+        }
+
+    def specs(self) -> list[Spec]:
+        """Every run, SFT and reward models included, none before what it needs."""
+        return with_parents(self.arm_specs().values())
+
+    def run(self, workers: int | None = None, progress: bool = True) -> Experiment:
+        """Runs what is not finished yet (see `execute`)."""
+        execute(self.specs(), workers, progress)
+        return self
+
+    def frames(self, tables: Sequence[str] = TABLES) -> dict[str, pandas.DataFrame]:
+        """The tables of all PPO runs, with arm, label and chain in front; and "runs", a row of
+        the manifest for each run. ValueError names a run that is not finished."""
+        import pandas
+
+        specs = self.arm_specs()
+        frames = {}
+        for table in tables:
+            parts = []
+            for (arm, seed), spec in specs.items():
+                frame = spec.run.frame(table)
+                frame.insert(0, "chain", seed)
+                frame.insert(0, "label", self.arms[arm])
+                frame.insert(0, "arm", arm)
+                parts.append(frame)
+            frames[table] = pandas.concat(parts, ignore_index=True)
+        rows = []
+        for spec in with_parents(specs.values()):
+            arms = [arm for (arm, _), s in specs.items() if s.hash == spec.hash]
+            rows.append({"arm": " ".join(arms), **_manifest_row(spec)})
+        frames["runs"] = pandas.DataFrame(rows)
+        return frames
+
+
+def _manifest_row(spec: Spec) -> dict[str, Any]:
+    """A run's manifest in one row; config and versions as JSON."""
+    manifest = spec.run.manifest
+    git = manifest.get("git", {})
+    plain = ("stage", "name", "hash", "seed", "data", "device", "threads", "peak_rss_mib")
+    return {
+        **{key: manifest[key] for key in plain},
+        "minutes": manifest["wall_seconds"] / 60,
+        "parents": " ".join(parent.hash for parent in spec.parents.values()),
+        "revision": git.get("revision"),
+        "dirty": git.get("dirty"),
+        "versions": json.dumps(manifest["versions"]),
+        "config": json.dumps(manifest["config"]),
+        **{f"summary.{key}": value for key, value in _leaves(manifest["summary"])},
+    }
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for key, value in tree.items():
+        inside = isinstance(value, dict)
+        leaves += _leaves(value, f"{prefix}{key}.") if inside else [(prefix + key, value)]
+    return leaves
+
+
+def plan(scale: str = "tiny", names: Sequence[str] | None = None) -> pandas.DataFrame:
+    """The ledger of a scale: a row for each experiment, stage and arm with its runs, how many of
+    them are done, and minutes, measured where they are done and by configs/ledger.yaml elsewhere
+    (null where neither is known). A run that several experiments share stands with the first."""
+    import pandas
+
+    seen: set[str] = set()
+    rows = []
+    for name in names or experiments():
+        if scale not in read_yaml(CONFIGS / "experiments" / f"{name}.yaml").get("chains", {}):
+            continue
+        for spec in Experiment.load(name, scale).specs():
+            if spec.hash in seen:
+                continue
+            seen.add(spec.hash)
+            done = spec.finished
+            cost = spec.run.manifest["wall_seconds"] / 60 if done else minutes(spec)
+            left = 0.0 if done else cost
+            row = {"experiment": name, "stage": spec.stage, "arm": spec.arm, "runs": 1}
+            rows.append({**row, "done": int(done), "minutes": cost, "left": left})
+    if not rows:
+        raise ConfigError(f"no experiment has the scale {scale!r}")
+    frame = pandas.DataFrame(rows).astype({"minutes": float, "left": float})
+    groups = frame.groupby(["experiment", "stage", "arm"], sort=False)
+    sums = groups[["runs", "done"]].sum()
+    costs = (
+        groups[["minutes", "left"]]
+        .sum(min_count=1)
+        .where(groups[["minutes", "left"]].count().eq(groups.size(), axis=0))
+    )
+    return sums.join(costs).reset_index()
