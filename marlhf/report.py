@@ -1,0 +1,253 @@
+"""What an experiment leaves under results/, and the README's computed block.
+
+results/<scale>/<name>/*.csv, *.png, and summary.json, which is written last
+
+python -m marlhf.report --scale tiny     # puts the computed block into README.md
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm
+
+from marlhf import claims, runs
+from marlhf.claims import SCORES, number
+
+HOME = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+KEPT = [  # of the metrics; the others stay in the runs
+    "arm", "label", "chain", "update", "seconds", "rm_score", "true_score", "kl", "length",
+    "finished", "entropy", "clip_fraction", "explained_variance", "macros", "adv_rms_token",
+    "adv_rms_macro", "ret_rms_token", "ret_rms_macro", "adv_l2_macro", "q_l2_macro",
+    "tokens_per_second",
+]  # fmt: skip
+NOT_KEPT = ["config", "versions", "peak_rss_mib"]  # of the manifests
+
+
+def densities(samples: pd.DataFrame, steps: int = 5, points: int = 120) -> pd.DataFrame:
+    """Densities of the scores of all held-out prompts, chains together, at `steps` evaluations from
+    the first to the last: arm, label, update, measure, score, density, mean. A Gaussian kernel with
+    Scott's bandwidth, on a grid that all arms and updates share."""
+    updates = np.sort(samples["update"].unique())
+    kept = updates[np.unique(np.linspace(0, len(updates) - 1, steps).round().astype(int))]
+    samples = samples[samples["update"].isin(kept)]
+    parts = []
+    for measure in [m for m in SCORES if samples[m].notna().all()]:
+        low, high = samples[measure].quantile([0.001, 0.999])
+        room = 0.1 * (high - low) + 1e-6
+        grid = np.linspace(low - room, high + room, points)
+        for key, group in samples.groupby(["arm", "label", "update"], sort=False):
+            x = group[measure].to_numpy(float)
+            width = max(x.std() * len(x) ** -0.2, room / 10)
+            density = norm.pdf((grid[:, None] - x) / width).mean(1) / width
+            part = pd.DataFrame({"score": grid, "density": density})
+            head = dict(zip(("arm", "label", "update"), key, strict=True))
+            parts.append(part.assign(**head, measure=measure, mean=x.mean()))
+    columns = ["arm", "label", "update", "measure", "score", "density", "mean"]
+    return pd.concat(parts, ignore_index=True)[columns]
+
+
+def side_by_side(samples: pd.DataFrame, prompts: int = 3) -> pd.DataFrame:
+    """Responses of the first chain to the first prompts, not chosen: SFT's, then each arm's at the
+    end; prompt_id, prompt, policy, response, rm_score, true_score, length."""
+    samples = samples[samples["chain"] == samples["chain"].min()]
+    ids = list(dict.fromkeys(samples["prompt_id"]))[:prompts]
+    first = samples[(samples["update"] == 0) & (samples["arm"] == samples["arm"].iloc[0])]
+    last = samples[samples["update"] == samples["update"].max()]
+    both = pd.concat([first.assign(policy="SFT"), last.assign(policy=last["label"])])
+    both = both[both["prompt_id"].isin(ids)]
+    both = both.assign(order=both["prompt_id"].map(ids.index)).sort_values("order", kind="stable")
+    columns = ["prompt_id", "prompt", "policy", "response", "rm_score", "true_score", "length"]
+    return both[columns].reset_index(drop=True)
+
+
+def wide(responses: pd.DataFrame) -> pd.DataFrame:
+    """`side_by_side` for reading: a prompt a row, a policy a column, scores after each response."""
+    rows: dict[str, dict[str, str]] = {}
+    for _, row in responses.iterrows():
+        scores = f"RM {row['rm_score']:.2f}"
+        scores += f", true {row['true_score']:.2f}" if not math.isnan(row["true_score"]) else ""
+        cells = rows.setdefault(row["prompt_id"], {"prompt": row["prompt"].strip()})
+        cells[row["policy"]] = f"{row['response'].strip()} *({scores})*"
+    return pd.DataFrame(rows.values())
+
+
+def tables(
+    frames: Mapping[str, pd.DataFrame], settings: Mapping, pairs: Sequence[Sequence[str]]
+) -> dict[str, pd.DataFrame]:
+    """All tables of an experiment from its frames (evals, metrics, samples, runs).
+
+    settings, pairs: the experiment's endpoints and comparisons. `power` needs two chains, `gates`
+    a true score; without them they are left out.
+    """
+    evals, samples = frames["evals"], frames["samples"]
+    values = claims.endpoints(evals, settings)
+    made = {
+        "evals": evals.drop(columns="prompts"), "metrics": frames["metrics"][KEPT],
+        "densities": densities(samples), "samples": side_by_side(samples),
+        "endpoints": values, "arms": claims.by_arm(values),
+        "comparisons": claims.compare(values, pairs),
+        "runs": frames["runs"].drop(columns=NOT_KEPT, errors="ignore"),
+    }  # fmt: skip
+    if evals["chain"].nunique() > 1:
+        made["power"] = claims.power(values, pairs)
+    if evals["true_score"].notna().all():
+        made["gates"] = claims.gates(evals, frames["runs"])
+    return made
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A Markdown table; floats to three digits, missing ones empty."""
+
+    def cell(x: Any) -> str:
+        if isinstance(x, (float, np.floating)):
+            return "" if math.isnan(x) else number(x)
+        return str(x).replace("|", "\\|").replace("\n", "<br>")
+
+    lines = [list(table.columns), ["---"] * len(table.columns), *table.itertuples(index=False)]
+    return "\n".join("| " + " | ".join(cell(x) for x in line) + " |" for line in lines)
+
+
+def arm_table(arms: pd.DataFrame) -> pd.DataFrame:
+    """`claims.by_arm` as people read it: an endpoint a row, an arm a column, mean ± half of the
+    interval, and how many chains missed."""
+
+    def cell(row: pd.Series) -> str:
+        half = (row["high"] - row["low"]) / 2
+        text = number(row["mean"])
+        if math.isfinite(half) and half > 0:  # two digits of the interval set those of the mean
+            decimals = max(0, 1 - math.floor(math.log10(half)))
+            text = f"{row['mean']:.{decimals}f} ± {half:.{decimals}f}".replace("-", "−")
+        return text + (f" ({row['missed']} missed)" if row["missed"] else "")
+
+    rows: dict[str, dict[str, str]] = {}
+    for _, row in arms.iterrows():
+        line = rows.setdefault(row["endpoint"], {"endpoint": row["endpoint"]})
+        line[row["label"]] = cell(row)
+    return pd.DataFrame(rows.values())
+
+
+# Files
+
+
+def results_root(root: str | Path | None = None) -> Path:
+    """$MARLHF_RESULTS, or results/ beside the package."""
+    return Path(root or os.environ.get("MARLHF_RESULTS") or HOME / "results")
+
+
+def results_folder(name: str, scale: str, root: str | Path | None = None) -> Path:
+    """results/<scale>/<name>/, made, and without the summary of an earlier run, so that a folder
+    with a summary.json is always whole."""
+    folder = results_root(root) / scale / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.json").unlink(missing_ok=True)
+    return folder
+
+
+def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """<name>.csv for each table, floats to five digits."""
+    for name, table in tables.items():
+        text = table.to_csv(index=False, float_format="%.5g", lineterminator="\n")
+        runs.atomic_write(folder / f"{name}.csv", text)
+
+
+def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """{name: table} of the folder's CSV files; an empty response stays an empty text."""
+    tables = {path.stem: pd.read_csv(path) for path in sorted(Path(folder).glob("*.csv"))}
+    if "samples" in tables:
+        tables["samples"]["response"] = tables["samples"]["response"].fillna("")
+    return tables
+
+
+def finish(folder: Path, facts: Mapping[str, Any]) -> Path:
+    """summary.json, last and atomically: the facts, every table, every picture with its
+    alternative text (from the PNG itself)."""
+    from PIL import Image
+
+    pictures = {}
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as image:
+            pictures[path.name] = image.info.get("Description", "")
+    listed = {"tables": sorted(p.name for p in folder.glob("*.csv")), "pictures": pictures}
+    text = json.dumps({**facts, **listed}, indent=1, ensure_ascii=False) + "\n"
+    runs.atomic_write(folder / "summary.json", text)
+    return folder / "summary.json"
+
+
+def facts(experiment: Any, made: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """What a summary says of an experiment: what was run, how long it took, what came out."""
+    manifests, main = made["runs"], claims.primary(experiment.endpoints)
+    compared = made["comparisons"]
+    says = [claims.verdict_sentence(row) for _, row in compared.iterrows()]
+    return {
+        "experiment": experiment.name, "title": experiment.title, "scale": experiment.scale,
+        "arms": experiment.arms, "chains": len(experiment.seeds), "primary": main,
+        "runs": len(manifests), "minutes": round(float(manifests["minutes"].sum()), 1),
+        "revisions": sorted(set(manifests["revision"].dropna())),
+        "devices": sorted(set(manifests["device"].dropna())),
+        "versions": runs.versions(),
+        "gates_passed": bool(made["gates"]["passes"].all()) if "gates" in made else None,
+        "verdicts": dict(zip(compared["endpoint"] + ": " + compared["arm"] + " against "
+                             + compared["reference"], says, strict=True)),
+    }  # fmt: skip
+
+
+# README
+
+
+def readme_block(folder: Path) -> str:
+    """The computed part of the README: figure, table of arms, verdicts on the primary endpoint and
+    on the last threshold, gates; from the files of `folder` alone."""
+    summary = json.loads((folder / "summary.json").read_text())
+    made, main = read_tables(folder), summary["primary"]
+    compared = made["comparisons"]
+    timed = compared.loc[compared["unit"] == "updates", "endpoint"].unique()[-1:]  # last threshold
+    shown = compared[compared["endpoint"].isin([main, *timed])]
+    place = folder.relative_to(results_root().parent).as_posix()
+    lines = [
+        f"![{summary['pictures']['fig02_updates.png']}]({place}/fig02_updates.png)", "",
+        f"{summary['title']}: {summary['chains']} chains at `SCALE={summary['scale']}`, mean ± "
+        f"half of the 95% interval over chains. {summary['runs']} runs, "
+        f"{summary['minutes']:.0f} minutes of one thread.", "",
+        markdown(arm_table(made["arms"])), "", f"Primary endpoint: {main}.", "",
+    ]  # fmt: skip
+    lines += [f"- {claims.verdict_sentence(row)}" for _, row in shown.iterrows()]
+    if "gates" in made:
+        lines += ["", claims.gate_sentence(made["gates"])]
+    return "\n".join(lines)
+
+
+def fill(text: str, block: str) -> str:
+    """`text` with the part between the markers replaced; ValueError if they are not there once."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"README.md must hold {BEGIN} and {END} once each")
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Rewrites the README's block from results/tiny; other scales leave it alone."""
+    parser = argparse.ArgumentParser(prog="python -m marlhf.report", description=main.__doc__)
+    parser.add_argument("--scale", default="tiny")
+    options = parser.parse_args(arguments)
+    if options.scale != "tiny":
+        print(
+            f"README.md shows SCALE=tiny; the results of {options.scale} are in "
+            f"{results_root() / options.scale}"
+        )
+        return
+    path = HOME / "README.md"
+    block = readme_block(results_root() / "tiny" / "fig02_tldr")
+    runs.atomic_write(path, fill(path.read_text(encoding="utf-8"), block))
+    print("README.md: results block written")
+
+
+if __name__ == "__main__":
+    main()
