@@ -164,6 +164,7 @@ def _manifest_row(spec: Spec) -> dict[str, Any]:
     plain = ("stage", "name", "hash", "seed", "data", "device", "threads", "peak_rss_mib")
     return {
         **{key: manifest[key] for key in plain},
+        "source": manifest["identity"].get("source"),
         "minutes": manifest["wall_seconds"] / 60,
         "parents": " ".join(parent.hash for parent in spec.parents.values()),
         "revision": git.get("revision"),

@@ -83,7 +83,7 @@ class Spec:
             from marlhf.supervised import train_rm as train
         else:
             from marlhf.supervised import train_sft as train
-        check_source(_modules(self.stage, self.config), self.identity["source"])
+        check_source(entry_modules(self.stage, self.config), self.identity["source"])
         train(self.config, data, run, **parents)
 
 
@@ -179,7 +179,7 @@ def _sections(stage: str, config: Config) -> dict[str, Any]:
     return kept
 
 
-def _modules(stage: str, config: Config) -> list[str]:
+def entry_modules(stage: str, config: Config) -> list[str]:
     """The modules whose code, and that of what they import, computes the stage."""
     trainer = "marlhf.ppo" if stage == "ppo" else "marlhf.supervised"
     return [trainer, f"marlhf.tasks.{config.data.task}"]
@@ -226,7 +226,7 @@ def stage_spec(
         "config": _sections(stage, config),
         "seed": config.seed,
         "parents": {key: parent.hash for key, parent in parents.items()},
-        "source": source_hash(_modules(stage, config)),
+        "source": source_hash(entry_modules(stage, config)),
         "versions": versions(),
         "data": data.fingerprint,
     }
