@@ -224,8 +224,8 @@ def _print_run(run: Run) -> None:
         if "update" in samples:
             samples = samples[samples["update"] == samples["update"].max()]
         for row in samples.head(3).to_dict("records"):
-            scores = [f"{name} {row[name]:.2f}" for name in ("rm_score", "true_score")
-                      if row.get(name) == row.get(name) and row.get(name) is not None]  # fmt: skip
+            names = {"rm_score": "RM score", "true_score": "true score"}
+            scores = [f"{names[n]} {row[n]:.2f}" for n in names if isinstance(row.get(n), float)]
             print(f"\n[{row['prompt_id']}] {', '.join(scores)}")
             print(f"{row['prompt'].strip()}\n-> {row['response'].strip()}")
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from marlhf import experiment, pool, stages
-from marlhf.config import ConfigError, load_config
+from marlhf.config import CONFIGS, ConfigError, load_config, read_yaml
 from marlhf.experiment import Experiment, plan
 from marlhf.pool import RunFailed, execute
 from marlhf.stages import Spec, given_spec, run_stage, stage_spec, with_parents
@@ -292,8 +292,14 @@ def test_workers_share_out_the_gpus(monkeypatch):
 # Experiments
 
 
-@pytest.mark.parametrize("name", experiment.experiments())
-@pytest.mark.parametrize("scale", ["smoke", "tiny", "full"])
+SCALES = [
+    (name, scale)
+    for name in experiment.experiments()
+    for scale in read_yaml(CONFIGS / "experiments" / f"{name}.yaml")["chains"]
+]
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALES)
 def test_every_experiment_loads_at_every_scale(name, scale):
     found = Experiment.load(name, scale)
     assert found.endpoints["primary"]
