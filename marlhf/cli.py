@@ -223,9 +223,10 @@ def _print_run(run: Run) -> None:
         samples = run.frame("samples")
         if "update" in samples:
             samples = samples[samples["update"] == samples["update"].max()]
+        names = {"rm_score": "RM score", "true_score": "true score"}
+        shown = {n: text for n, text in names.items() if n in samples and samples[n].notna().all()}
         for row in samples.head(3).to_dict("records"):
-            names = {"rm_score": "RM score", "true_score": "true score"}
-            scores = [f"{names[n]} {row[n]:.2f}" for n in names if isinstance(row.get(n), float)]
+            scores = [f"{text} {row[n]:.2f}" for n, text in shown.items()]
             print(f"\n[{row['prompt_id']}] {', '.join(scores)}")
             print(f"{row['prompt'].strip()}\n-> {row['response'].strip()}")
 
