@@ -120,8 +120,8 @@ def make_sentence(
 
 
 def made_up_values(prefixes: Sequence[str], facts: tldr_twin.Facts) -> Tensor:
-    """V(s_t) [1, T] of a critic that nobody trained: the points that the hidden scorer gives for
-    what stands there so far, and AHEAD for every slot that is not mentioned yet."""
+    """V(s_t) [1, T] of a critic that nobody trained: points for what stands there so far, with
+    weights of its own (not the hidden scorer's), and AHEAD for every slot not mentioned yet."""
     known = {value for values in tldr_twin.VALUES.values() for value in values}
     values = []
     for text in prefixes:
