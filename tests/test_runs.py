@@ -326,7 +326,7 @@ def test_sigkill_at_random_moments(tmp_path):
     for _ in range(12):
         process = start(tmp_path / "killed", steps=120)
         process.stdout.readline()
-        time.sleep(rng.uniform(0.0, 0.15))
+        time.sleep(rng.uniform(0.0, 0.05))
         process.kill()
         killed += process.wait() == -signal.SIGKILL
         process.stdout.close()
