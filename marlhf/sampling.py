@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from marlhf.models import position_ids
+from marlhf.models import backbone_of, feed_forward_at, position_ids
 from marlhf.runs import keyed_rng
 
 
@@ -108,14 +108,16 @@ class Sampler:
         # asking an accelerator whether all rows have ended makes the host wait for it
         every = 1 if device.type == "cpu" else 16
 
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask),
-            past_key_values=cache,
-            logits_to_keep=1,
-            use_cache=True,
-        ).logits[:, -1]
+        last = torch.arange(1, rows + 1, device=device) * prompt - 1
+        with feed_forward_at(backbone_of(model), last):
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=position_ids(mask),
+                past_key_values=cache,
+                logits_to_keep=1,
+                use_cache=True,
+            ).logits[:, -1]
         for t in range(length):
             token, logprob, whole, ids_kept = draw(
                 logits, uniforms[:, t], self.temperature, self.top_k
