@@ -48,6 +48,7 @@ from marlhf.tasks import get_task
 from marlhf.tasks.base import TaskData
 from marlhf.text import load_tokenizer
 
+PARTS = 4  # forward passes over a rollout, whose rows stand by length: a tenth less padding
 # The largest gap that rounding leaves between the sampler's log-probability of a token and the
 # learner's on the first pass; a larger one means that they are not the same policy.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1.0, torch.float16: 0.3}
@@ -167,8 +168,10 @@ class PPOTrainer:
         sampling = self.ppo.sampling
         sampler = Sampler(self.actor.policy, self.tokenizer, sampling.temperature, sampling.top_k)
         sample = sampler(ids, mask, uniforms)
+        order = (mask.sum(1) + sample.mask.sum(1)).argsort(stable=True)
+        sample, examples = sample[order], [examples[i] for i in order.tolist()]
         longest = int(sample.mask.sum(1).max())
-        packed, starts = pack(ids, mask, sample.tokens, sample.mask, sampler.pad)
+        packed, starts = pack(ids[order], mask[order], sample.tokens, sample.mask, sampler.pad)
         return Rollout(
             update=update,
             examples=examples,
@@ -216,25 +219,47 @@ class PPOTrainer:
             scores = scores.clamp(-self.ppo.reward_clip, self.ppo.reward_clip)
         rollout.scores = scores - self.ppo.missing_end_penalty * (~rollout.finished).float()
 
-        ids, starts, tokens, mask = rollout.ids, rollout.starts, rollout.tokens, rollout.mask
         temperatures = [self.ppo.sampling.temperature]
         if self.ppo.macro.termination == "perplexity":
             temperatures.append(1.0)
-        found = self.reference.logprobs(ids, starts, tokens, mask, *temperatures)
-        rollout.ref_logprobs, rollout.ref_logprobs_1 = found[0], found[-1]
+        every = torch.arange(len(examples))
+        found = []
+        for index in every.split(self._rows):
+            read = rollout.rows(index)[:4]
+            found.append([rollout.widen(x) for x in self.reference.logprobs(*read, *temperatures)])
+        reference = [torch.cat(parts) for parts in zip(*found, strict=True)]
+        rollout.ref_logprobs, rollout.ref_logprobs_1 = reference[0], reference[-1]
         if self._one_forward:
             # the update's only forward pass is here, so the old values cost no pass of their own
             with torch.enable_grad():
-                rollout.forward = self.model(ids, starts, mask, temperatures[0], rollout.kept)
+                rollout.forward = self._forward(rollout, every)
             rollout.values = rollout.forward[1].detach()
         else:
-            rollout.values = self.model(ids, starts, mask, parts="values")
+            (rollout.values,) = self._forward(rollout, every, "values")
         return rollout
 
     @property
     def _one_forward(self) -> bool:
         ppo = self.ppo
-        return ppo.passes == 1 and ppo.minibatches == 1 and ppo.micro_batch is None
+        single = ppo.passes == 1 and ppo.minibatches == 1 and ppo.micro_batch is None
+        return single and self.world == 1
+
+    @property
+    def _rows(self) -> int:
+        """Rows in a forward pass: a micro-batch, else a part of the rollout of like lengths (the
+        wrapper for several processes wants one forward pass for each backward pass)."""
+        parts = PARTS if self.world == 1 else 1
+        return self.ppo.micro_batch or math.ceil(self.ppo.batch / self.world / parts)
+
+    def _forward(self, rollout: Rollout, index: torch.Tensor, parts: str = "both") -> tuple:
+        """What `ActorCritic` gives for some rows, ``[n, T]`` each, some rows at a time."""
+        made = []
+        for some in index.split(self._rows):
+            ids, starts, _, mask, kept = rollout.rows(some)
+            found = self.model(ids, starts, mask, self.ppo.sampling.temperature, kept, parts)
+            found = found if isinstance(found, tuple) else (found,)
+            made.append([rollout.widen(x) for x in found])
+        return tuple(torch.cat(column) for column in zip(*made, strict=True))
 
     def advantages(self, rollout: Rollout) -> Advantages:
         """Macro actions, their rewards and values, GAE over them (Alg. 1), spread to tokens."""
@@ -272,6 +297,7 @@ class PPOTrainer:
                 rng = keyed_rng(self.config.seed, "minibatches", rollout.update, number)
                 order = torch.from_numpy(rng.permutation(rows))
             for index in order.chunk(self.ppo.minibatches):
+                index = index.sort().values  # by length
                 stats.append(self._step(rollout, advantages, index, first=not stats))
         rollout.forward = None
         self.done, self._stepped = rollout.update + 1, False
@@ -314,13 +340,7 @@ class PPOTrainer:
         if whole:
             logprobs, values, entropies = rollout.forward
         else:
-            logprobs, values, entropies = self.model(
-                rollout.ids[index],
-                rollout.starts[index],
-                rollout.mask[index],
-                self.ppo.sampling.temperature,
-                None if rollout.kept is None else rollout.kept[index],
-            )
+            logprobs, values, entropies = self._forward(rollout, index)
         mask, old = rollout.mask[index], rollout.logprobs[index]
         if first:
             self._same_policy(rollout.update, logprobs, old, mask)

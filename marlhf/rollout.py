@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from marlhf.macro import pool
 from marlhf.objectives import explained_variance, kl_k1, masked_rms
@@ -15,7 +16,10 @@ from marlhf.text import Example
 
 @dataclass
 class Rollout:
-    """Responses of one update and what is known about them; `score` fills the second part."""
+    """Responses of one update and what is known about them; `score` fills the second part.
+
+    Rows stand by length, prompt included, so that rows next to each other need little padding.
+    """
 
     update: int
     examples: list[Example]
@@ -36,6 +40,21 @@ class Rollout:
     ref_logprobs_1: torch.Tensor | None = None  # [B, T], at temperature 1, where segments need it
     values: torch.Tensor | None = None  # [B, T], critic before the update
     forward: tuple | None = field(default=None, repr=False)  # the update's forward pass, if shared
+
+    def __post_init__(self):
+        lengths = self.mask.sum(1)  # [B]; on the host, so that cutting rows waits for no device
+        self._sizes = torch.stack([self.starts + lengths, lengths], 1).cpu()
+
+    def rows(self, index: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """ids, starts, tokens, mask, kept of some rows, cut to the longest of them."""
+        size, length = self._sizes[index].amax(0).tolist()
+        ids, tokens = self.ids[index, :size], self.tokens[index, :length]
+        kept = None if self.kept is None else self.kept[index, :length]
+        return ids, self.starts[index], tokens, self.mask[index, :length], kept
+
+    def widen(self, part: torch.Tensor) -> torch.Tensor:
+        """``[n, t]`` of some rows to ``[n, T]``, zeros at the right."""
+        return F.pad(part, (0, self.mask.shape[1] - part.shape[1]))
 
     @property
     def kl(self) -> torch.Tensor:

@@ -5,7 +5,7 @@ keyed by (seed, stream, update, prompt), so that a row's response depends neithe
 sampled in, nor on its place there, nor on what was sampled before.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -24,6 +24,11 @@ class Sample:
     logprobs: torch.Tensor  # float32 [B, T] under the distribution sampled from; 0 off the mask
     full_logprobs: torch.Tensor  # float32 [B, T] at the same temperature over the whole vocabulary
     kept: torch.Tensor | None  # int64 [B, T, k]: the ids that top-k kept; None without top-k
+
+    def __getitem__(self, index: torch.Tensor) -> "Sample":
+        """Some of the rows, in the order of ``index``."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Sample(*(None if part is None else part[index] for part in parts))
 
 
 def keyed_uniforms(seed: int, stream: str, update: int, prompts: list[str], length: int):
