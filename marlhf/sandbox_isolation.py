@@ -108,7 +108,7 @@ class Plan:
             "seccomp": self.seccomp,
             "folder": folder,
             "root": None,
-            "warm": [],
+            "library": None,
             "tasks": 0,
         }
         rootless = not self.other_user
@@ -149,12 +149,12 @@ class Plan:
             if rootless:
                 options += ["--map-user=1000", "--map-group=1000", "--keep-caps"]
             return ["unshare", *options, *python, worker, json.dumps(setup)]
-        if self.other_user and not _readable_by_others(sysconfig.get_path("stdlib")):
-            setup["warm"] = sorted(sys.stdlib_module_names - _SKIPPED)
+        if self.other_user and not _open_to_all(sysconfig.get_path("stdlib")):
+            setup["library"] = sysconfig.get_path("stdlib")
         return [*python, worker, json.dumps(setup)]
 
 
-def _readable_by_others(path: str) -> bool:
+def _open_to_all(path: str) -> bool:
     return all(p.stat().st_mode & 1 for p in [Path(path), *Path(path).parents])
 
 

@@ -88,17 +88,25 @@ def adopt_orphans() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def drop_privileges(uid: int | None) -> None:
-    """The given user (None: stay), no groups, no capabilities, none to be gained by exec."""
-    if uid is not None:
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
+def unmount(target: str) -> None:
+    """Whatever is mounted there, if anything is."""
+    _libc.umount2(target.encode(), 2)  # MNT_DETACH
+
+
+def drop_bounding_set() -> None:
+    """No capability is to be gained by exec, by this process and its descendants."""
     for capability in range(64):
         try:
             _prctl(_PR_CAPBSET_DROP, capability)
         except OSError:  # past the last one, or nothing to drop
             break
+
+
+def drop_privileges(uid: int | None) -> None:
+    """The given user (None: stay), no groups, no capabilities, none to be gained by exec."""
     if uid is not None:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
     _prctl(_PR_CAP_AMBIENT, 4)  # clear all
     header = struct.pack("=Ii", 0x20080522, 0)  # version 3
@@ -122,25 +130,24 @@ _DENIED = {
     "mount_setattr": (442, 442), "bpf": (321, 280), "perf_event_open": (298, 241),
     "userfaultfd": (323, 282), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427), "kexec_load": (246, 104), "init_module": (175, 105),
+    "tkill": (200, 130), "pidfd_send_signal": (424, 424), "setpriority": (141, 140),
     "finit_module": (313, 273), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
 }  # fmt: skip
-_CLONE, _CLONE3, _KILL, _TGKILL, _TKILL = (56, 220), (435, 435), (62, 129), (234, 131), (200, 130)
-_PRLIMIT, _SIGQUEUE, _TGSIGQUEUE, _PIDFD_SEND = (302, 261), (129, 138), (297, 240), (424, 424)
-_SETPRIORITY, _AFFINITY = (141, 140), (203, 122)
+_CLONE, _CLONE3 = (56, 220), (435, 435)
+# kill, tgkill, rt_sigqueueinfo, rt_tgsigqueueinfo, prlimit64, sched_setaffinity
+_OWN = ((62, 129), (234, 131), (129, 138), (297, 240), (302, 261), (203, 122))
 _ALLOW, _KILL_PROCESS, _EPERM, _ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
 _CLONE_THREAD = 0x00010000
 
 
-def filter_system_calls() -> bool:
-    """A seccomp filter: no socket, no new process (threads are none), no trace of or signal to
-    another process, nothing that only a container needs. False where it cannot be had: other
-    architectures, or a kernel without it."""
+def _filter() -> tuple[bytes, list[int]] | None:
+    """A seccomp program, and the offsets at which the process's own number belongs."""
     try:
         column, audit = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}[platform.machine()]
     except KeyError:
-        return False
-    own = os.getpid()
+        return None
     program: list[tuple[int, int, int, int]] = []
+    own = []
 
     def add(code: int, k: int, yes: int = 0, no: int = 0) -> None:
         program.append((code, yes, no, k))
@@ -164,31 +171,34 @@ def filter_system_calls() -> bool:
     add(any_bit, _CLONE_THREAD, 0, 1)
     add(give, _ALLOW)
     add(give, _EPERM)
-    for name in (_PIDFD_SEND, _TKILL):
-        add(equal, name[column], 0, 1)
-        add(give, _EPERM)
-    for name in (_KILL, _TGKILL, _SIGQUEUE, _TGSIGQUEUE):  # only to itself
-        add(equal, name[column], 0, 4)
-        add(load, 16)
-        add(equal, own, 0, 1)
-        add(give, _ALLOW)
-        add(give, _EPERM)
-    for name in (_PRLIMIT, _AFFINITY):  # of itself, by 0 or by number
-        add(equal, name[column], 0, 5)
+    for numbers in _OWN:  # of or to itself, by 0 or by number
+        add(equal, numbers[column], 0, 5)
         add(load, 16)
         add(equal, 0, 1, 0)
-        add(equal, own, 0, 1)
+        own.append(8 * len(program) + 4)
+        add(equal, 0, 0, 1)
         add(give, _ALLOW)
         add(give, _EPERM)
-    add(equal, _SETPRIORITY[column], 0, 1)
-    add(give, _EPERM)
     add(give, _ALLOW)
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-    kept = ctypes.create_string_buffer(code, len(code))
-    header = struct.pack("=HxxxxxxQ", len(program), ctypes.addressof(kept))
-    holder = ctypes.create_string_buffer(header, len(header))
+    return b"".join(struct.pack("=HBBI", *step) for step in program), own
+
+
+_FILTER = _filter()
+
+
+def filter_system_calls() -> bool:
+    """A seccomp filter: no socket, no new process (threads are none), no trace of or signal to
+    another process, nothing that only a container needs. False where it cannot be had: other
+    architectures, or a kernel without it."""
+    if _FILTER is None:
+        return False
+    program = ctypes.create_string_buffer(_FILTER[0], len(_FILTER[0]))
+    for offset in _FILTER[1]:
+        struct.pack_into("=I", program, offset, os.getpid())
+    size = len(_FILTER[0]) // 8
+    header = ctypes.create_string_buffer(struct.pack("@HP", size, ctypes.addressof(program)))
     try:
-        _prctl(_PR_SET_SECCOMP, 2, ctypes.addressof(holder))
+        _prctl(_PR_SET_SECCOMP, 2, ctypes.addressof(header))
     except OSError:
         return False
     return True

@@ -1,12 +1,12 @@
 """The sandbox's worker: a clean, warm interpreter that runs each test of a program in a fork of
 itself. Started by `marlhf.sandbox`, inside the namespaces; standard library only.
 
-Three processes a test, so that none that a program can reach matters to the next:
+Three kinds of process under it, so that none that a program can reach matters to the next:
 
     worker      reads programs on stdin, writes reports on stdout; no program code runs in it
-      holder    makes the test's own process, mount and IPC namespaces
+      holder    makes namespaces for one program: processes, mounts, IPC
         guard   process 1 of them: feeds and reads the pipes, keeps the time, kills what is left
-          test  locked in, then compiles and runs the program
+          test  one for each test, locked in; compiles and runs the program
 
 Expected outputs never come here: what a test printed or returned is reported and judged outside.
 """
@@ -47,6 +47,7 @@ from heapq import *
 """
 STACK = 64 << 20  # bytes: recursion as deep as competition programs use it
 LINUX = sys.platform == "linux"
+LIBRARY = 60  # the descriptor of `_library_by_descriptor`
 
 
 def send(fd: int, value: Any) -> None:
@@ -89,12 +90,6 @@ def _limit(kind: int, soft: int, hard: int | None = None) -> None:
 
 def lock_in(setup: dict[str, Any], limits: dict[str, Any]) -> None:
     """Everything that this process may no longer do, before any program code runs in it."""
-    for number in set(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}:
-        with contextlib.suppress(OSError, ValueError):
-            signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python has it: an error, not an end
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     seconds = math.ceil(limits["cpu_seconds"])
     _limit(resource.RLIMIT_CPU, seconds, seconds + 1)
     _limit(resource.RLIMIT_FSIZE, limits["file_kib"] << 10)
@@ -230,31 +225,48 @@ def _kill_adopted() -> None:
             return
 
 
-def guard(
-    setup: dict[str, Any], program: dict[str, Any], given: Any, report: int
-) -> dict[str, Any]:
-    """Run one test and say what it printed and how it ended."""
-    limits = program["limits"]
+def guard(setup: dict[str, Any], program: dict[str, Any], inputs: list[Any], report: int) -> None:
+    """Run the tests one after the other; a report of each goes to the worker."""
     os.setsid()
     if LINUX:
         locks.hide_memory()
         locks.die_with_parent()
+        locks.drop_bounding_set()
         if not setup["namespaces"]:
             locks.adopt_orphans()
+    for given in inputs:
+        box = _fresh_box(setup, program["limits"])
+        try:
+            found = _guard_test(setup, program, given, box)
+        finally:
+            os.chdir("/")
+            if not setup["namespaces"]:
+                _remove(box)
+        send(report, found)
+        if found["stage"] != "+":
+            return
+
+
+def _fresh_box(setup: dict[str, Any], limits: dict[str, Any]) -> str:
+    """The private, empty folder, as working directory."""
     if setup["namespaces"]:
         box, owner = "/box", setup["uid"] if setup["uid"] is not None else os.getuid()
         options = f"size={16 * limits['file_kib']}k,nr_inodes=256,mode=700,uid={owner}"
+        locks.unmount(box)
         locks.mount_tmpfs(box, options)
     else:
         box = tempfile.mkdtemp(dir=setup["folder"])
         if setup["uid"] is not None:
             os.chown(box, setup["uid"], -1)
     os.chdir(box)
-    os.environ.clear()
     os.environ.update({"HOME": box, "TMPDIR": box, "LANG": "C.UTF-8"})
+    return box
+
+
+def _start_test(
+    setup: dict[str, Any], program: dict[str, Any], given: Any, pipes: list[tuple[int, int]]
+) -> int:
     stdin = _stdin_file(given if program["function"] is None else "")
-    pipes = [os.pipe() for _ in range(4)]  # stdout, stderr, result, status
-    began = time.monotonic()
     pid = os.fork()
     if pid == 0:
         code = 70
@@ -263,9 +275,10 @@ def guard(
             kept = [fcntl.fcntl(fd, fcntl.F_DUPFD, 64) for fd in (stdin, *(w for _, w in pipes))]
             for target, fd in enumerate(kept):
                 os.dup2(fd, target)
-            os.closerange(len(kept), 256)
+            os.closerange(len(kept), LIBRARY)
+            os.closerange(LIBRARY + 1, 256)
             try:
-                lock_in(setup, limits)
+                lock_in(setup, program["limits"])
             except BaseException as error:
                 os.write(4, f"?{type(error).__name__}: {error}"[:500].encode())
                 raise
@@ -273,6 +286,17 @@ def guard(
         finally:
             os._exit(code)
     os.close(stdin)
+    return pid
+
+
+def _guard_test(
+    setup: dict[str, Any], program: dict[str, Any], given: Any, box: str
+) -> dict[str, Any]:
+    """Run one test and say what it printed and how it ended."""
+    limits = program["limits"]
+    pipes = [os.pipe() for _ in range(4)]  # stdout, stderr, result, status
+    deadline = time.monotonic() + limits["wall_seconds"]
+    pid = _start_test(setup, program, given, pipes)
     texts: dict[int, bytearray] = {}
     poll = select.poll()
     for reader, writer in pipes:
@@ -280,22 +304,20 @@ def guard(
         os.set_blocking(reader, False)
         texts[reader] = bytearray()
         poll.register(reader, select.POLLIN)
-    watch = None
-    with contextlib.suppress(AttributeError, OSError):
+    watch = -1
+    with contextlib.suppress(AttributeError, OSError):  # Linux 5.3; elsewhere it looks now and then
         watch = os.pidfd_open(pid)
         poll.register(watch, select.POLLIN)
     ceiling = limits["output_kib"] << 10
-    why, ended, used, status = "", False, None, 0
-    while not ended and not why:
-        left = began + limits["wall_seconds"] - time.monotonic()
+    why, ended = "", None
+    while ended is None and not why:
+        left = deadline - time.monotonic()
         if left <= 0:
             why = "wall"
             break
-        for fd, _ in poll.poll(
-            math.ceil(1000 * left if watch is not None else min(5, 1000 * left))
-        ):
+        for fd, _ in poll.poll(math.ceil(1000 * (left if watch >= 0 else min(0.005, left)))):
             if fd == watch:
-                ended = True
+                ended = os.wait4(pid, 0)
                 continue
             data = os.read(fd, 65536)
             texts[fd] += data
@@ -303,12 +325,10 @@ def guard(
                 poll.unregister(fd)
             if len(texts[fd]) > ceiling:
                 why = "output"
-        if watch is None and not ended:
-            found, status, used = os.wait4(pid, os.WNOHANG)
-            ended = found == pid
+        if watch < 0 and ended is None and (found := os.wait4(pid, os.WNOHANG))[0]:
+            ended = found
     _kill_all(pid, setup)
-    if watch is not None or not ended:
-        _, status, used = os.wait4(pid, 0)
+    _, status, used = ended or os.wait4(pid, 0)
     if setup["namespaces"]:
         with contextlib.suppress(ChildProcessError):
             while True:
@@ -321,9 +341,9 @@ def guard(
                 text += data
         if len(text) > ceiling:
             why = why or "output"
-    if not setup["namespaces"]:
-        os.chdir("/")
-        _remove(box)
+        os.close(fd)
+    if watch >= 0:
+        os.close(watch)
     out, err, result, stage = (bytes(t[:ceiling]).decode(errors="replace") for t in texts.values())
     return {
         "code": os.waitstatus_to_exitcode(status),
@@ -351,60 +371,70 @@ def _remove(folder: str) -> None:
 # ---------------------------------------------------------------------------- the worker
 
 
-def one_test(setup: dict[str, Any], program: dict[str, Any], given: Any) -> dict[str, Any]:
-    """One test in processes of its own; a report whatever it does to them."""
-    reader, writer = os.pipe()
-    holder = os.fork()
-    if holder == 0:
-        try:
-            os.close(reader)
-            os.dup2(os.open("/dev/null", os.O_RDWR), 0)
-            os.dup2(0, 1)
-            if LINUX:
-                locks.die_with_parent()
-            if setup["namespaces"]:
-                locks.unshare(locks.CLONE_NEWPID | locks.CLONE_NEWNS | locks.CLONE_NEWIPC)
-            pid = os.fork()
-            if pid == 0:
-                send(writer, guard(setup, program, given, writer))
-                os._exit(0)
-            os.close(writer)
+def _holder(setup: dict[str, Any], program: dict[str, Any], inputs: list[Any], report: int) -> None:
+    os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+    os.dup2(0, 1)
+    if setup["namespaces"]:
+        locks.die_with_parent()
+        locks.unshare(locks.CLONE_NEWPID | locks.CLONE_NEWNS | locks.CLONE_NEWIPC)
+        pid = os.fork()
+        if pid:
+            os.close(report)
             os.waitpid(pid, 0)
-        except BaseException as error:
-            with contextlib.suppress(OSError):
-                send(writer, {"lost": f"{type(error).__name__}: {error}"})
-        finally:
-            os._exit(0)
-    os.close(writer)
-    limits = program["limits"]
-    ready = select.poll()
-    ready.register(reader, select.POLLIN)
-    report = None
-    if ready.poll(1000 * (limits["wall_seconds"] + limits["cpu_seconds"] + 5)):
-        with contextlib.suppress(ValueError, OSError):
-            report = receive(reader)
-    os.close(reader)
-    if report is None:
-        os.kill(holder, signal.SIGKILL)
-    os.waitpid(holder, 0)
-    return report or {"lost": "the test's guard died"}
+            return
+    guard(setup, program, inputs, report)
+
+
+def run_program(setup: dict[str, Any], program: dict[str, Any], out: int) -> None:
+    """A report of each test, whatever it does; none after one that did not compile."""
+    inputs, limits = program["inputs"], program["limits"]
+    patience = limits["wall_seconds"] + limits["cpu_seconds"] + 5
+    while inputs:
+        reader, writer = os.pipe()
+        holder = os.fork()
+        if holder == 0:
+            try:
+                os.close(reader)
+                _holder(setup, program, inputs, writer)
+            except BaseException as error:
+                with contextlib.suppress(OSError):
+                    send(writer, {"lost": f"{type(error).__name__}: {error}"})
+            finally:
+                os._exit(0)
+        os.close(writer)
+        ready = select.poll()
+        ready.register(reader, select.POLLIN)
+        alive = True
+        while inputs and alive:
+            found = None
+            if ready.poll(1000 * patience):
+                with contextlib.suppress(ValueError, OSError):
+                    found = receive(reader)
+            if found is None or "lost" in found:
+                alive = False
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(holder, signal.SIGKILL)
+            send(out, found or {"lost": "the test's guard died"})
+            inputs = inputs[1:] if found is None or found.get("stage", "+") == "+" else []
+        os.close(reader)
+        os.waitpid(holder, 0)
 
 
 def main() -> None:
-    global _prelude
     import gc
     import importlib
     import warnings
 
     setup = json.loads(sys.argv[1])
-    for name in WARM.split() + setup["warm"]:
-        with contextlib.suppress(BaseException):
-            importlib.import_module(name)
-    _prelude = {}
+    for name in WARM.split():
+        importlib.import_module(name)
     exec(PRELUDE, _prelude)
     warnings.simplefilter("ignore")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if setup["library"] is not None:
+        _library_by_descriptor(setup["library"])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     if setup["root"] is not None:
         locks.enter_root(setup["root"], setup["binds"], setup["links"], "/box")
     if LINUX:
@@ -412,14 +442,23 @@ def main() -> None:
     os.environ.clear()
     sys.argv = [""]
     gc.collect()
-    gc.freeze()
+    gc.freeze()  # no collection touches, and so copies, what the forks share
     send(1, {"ready": os.getpid()})
     while (program := receive(0)) is not None:
-        for given in program["inputs"]:
-            report = one_test(setup, program, given)
-            send(1, report)
-            if report.get("stage") != "+":
-                break
+        run_program(setup, program, 1)
+
+
+def _library_by_descriptor(folder: str) -> None:
+    """Let forks that change user import from a library in a folder closed to others."""
+    fd = os.open(folder, os.O_RDONLY)
+    os.dup2(fd, LIBRARY)
+    os.close(fd)
+    inside = f"/proc/self/fd/{LIBRARY}"
+    sys.path[:] = [path.replace(folder, inside) for path in sys.path]
+    for module in list(sys.modules.values()):
+        if isinstance(getattr(module, "__path__", None), list):
+            module.__path__[:] = [path.replace(folder, inside) for path in module.__path__]
+    sys.path_importer_cache.clear()
 
 
 _prelude: dict[str, Any] = {}
