@@ -8,16 +8,20 @@
 
 Shapes: B responses, T tokens of the longest, M macro actions of the row with most. All randomness
 is keyed by (seed, stream, update, prompt): a resumed run repeats what an unbroken one does.
+Several processes (`marlhf.processes`) share the prompts of an update: what is optimised, whitened
+and logged is that of all of them together, whatever their number.
 """
 
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from marlhf import processes
 from marlhf.config import Config
 from marlhf.evaluate import Evaluator, Prompts, response_texts, summarise
 from marlhf.macro import macro_gae
@@ -40,7 +44,7 @@ from marlhf.objectives import (
     whiten,
 )
 from marlhf.rewards import RewardModel, TrueScore
-from marlhf.rollout import Advantages, Rollout, diagnostics
+from marlhf.rollout import Advantages, Rollout, diagnostics, whole
 from marlhf.runs import Run, TrainingError, keyed_rng
 from marlhf.sampling import Sampler, keyed_uniforms
 from marlhf.segment import check_segments, make_segmenter
@@ -51,6 +55,7 @@ from marlhf.text import load_tokenizer
 # The largest gap that rounding leaves between the sampler's log-probability of a token and the
 # learner's on the first pass; a larger one means that they are not the same policy.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1.0, torch.float16: 0.3}
+MAXIMA = ("gap", "ratio_max")  # what does not add up over micro-batches
 
 
 class PPOTrainer:
@@ -72,9 +77,15 @@ class PPOTrainer:
         from transformers import get_scheduler
 
         self.config, self.ppo, self.data, self.run = config, config.ppo, data, run
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False
+        )
         self.device = self.accelerator.device
         self.world = self.accelerator.num_processes
+        if self.ppo.batch % self.world:
+            raise ValueError(
+                f"ppo.batch={self.ppo.batch} prompts is not a multiple of {self.world} processes"
+            )
         seed = config.seed
         reuse_memory()
         self.tokenizer = load_tokenizer(
@@ -192,7 +203,7 @@ class PPOTrainer:
             for epoch in {place // count for place in places}
         }
         index = [int(orders[place // count][place % count]) for place in places]
-        return index[self.accelerator.process_index :: self.world]
+        return processes.deal(index)
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Rollout:
@@ -203,12 +214,13 @@ class PPOTrainer:
         }
         examples, texts = rollout.examples, rollout.texts
         rollout.rm_scores = np.asarray(self.reward(examples, texts, columns), np.float32)
-        bad = np.flatnonzero(~np.isfinite(rollout.rm_scores))
+        bad, error = np.flatnonzero(~np.isfinite(rollout.rm_scores)), None
         if len(bad):
-            raise TrainingError(
+            error = TrainingError(
                 f"update {rollout.update + 1}: the score of prompt {examples[bad[0]].id!r} is "
                 f"{rollout.rm_scores[bad[0]]}; its response: {texts[bad[0]]!r}"
             )
+        processes.agree(error)
         if self.truth is not None:
             rollout.true_scores = np.asarray(self.truth(examples, texts, columns), np.float32)
         scores = torch.from_numpy(rollout.rm_scores).to(self.device)
@@ -260,18 +272,20 @@ class PPOTrainer:
             ppo.macro.reward_weights,
         )
         if ppo.whiten:
-            advantages = whiten(advantages, mask)
+            advantages = whiten(advantages, mask, total=self._total)
         return Advantages(segments, rewards, advantages, returns)
 
     def update(self, rollout: Rollout, advantages: Advantages) -> dict[str, float]:
         """Passes over the rollout in minibatches, an optimizer step each. -> what to watch."""
-        rows, stats = len(rollout.tokens), []
+        stats = []
         for number in range(self.ppo.passes):
-            order = torch.arange(rows)
+            # an order of the rows of all processes, of which each takes those that it has
+            order = torch.arange(self.ppo.batch)
             if self.ppo.minibatches > 1:
                 rng = keyed_rng(self.config.seed, "minibatches", rollout.update, number)
-                order = torch.from_numpy(rng.permutation(rows))
+                order = torch.from_numpy(rng.permutation(self.ppo.batch))
             for index in order.chunk(self.ppo.minibatches):
+                index = index[index % self.world == processes.rank()] // self.world
                 stats.append(self._step(rollout, advantages, index, first=not stats))
         rollout.forward = None
         self.done, self._stepped = rollout.update + 1, False
@@ -280,52 +294,86 @@ class PPOTrainer:
     def _step(self, rollout, advantages, index, first: bool) -> dict[str, float]:
         """One optimizer step on the rows `index`, in micro-batches of one gradient."""
         # every micro-batch of every process divides by the tokens of the whole minibatch
-        tokens = self.accelerator.reduce(rollout.mask[index].sum().float(), "sum") / self.world
-        totals: dict[str, torch.Tensor] = {}
-        for micro in index.split(self.ppo.micro_batch or len(index)):
-            loss, stats = self._loss(rollout, advantages, micro, tokens, first)
-            self.accelerator.backward(loss)
-            for name, value in stats.items():
-                totals[name] = totals.get(name, 0.0) + value
-        if not all(math.isfinite(totals[name]) for name in ("policy_loss", "value_loss")):
-            names = ", ".join(rollout.examples[i].id for i in index[:3].tolist())
-            raise TrainingError(
-                f"update {rollout.update + 1}: the loss is not finite (policy "
-                f"{float(totals['policy_loss'])}, value {float(totals['value_loss'])}) on the "
-                f"batch of prompts {names}, ..."
-            )
+        tokens = self._total(rollout.mask[index].sum().float()) / self.world
+        parts = index.split(self.ppo.micro_batch or max(1, len(index)))
+        rows = []
+        for micro in parts:
+            last = micro is parts[-1]
+            # gradients are summed over processes once, in the last backward pass
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss, row = self._loss(rollout, advantages, micro, tokens, first)
+                self.accelerator.backward(loss)
+            rows.append(row)
+        totals = self._totals(rows)
+        self._check(rollout, totals, index, first)
         norms = [
-            self.accelerator.clip_grad_norm_(module.parameters(), self.ppo.max_grad_norm)
-            for module in (self.actor.policy, self.actor.critic)
+            self.accelerator.clip_grad_norm_(group["params"], self.ppo.max_grad_norm)
+            for group in self.optimizer.param_groups
         ]
         lr = self.scheduler.get_last_lr()[0]
         self._stepped = True
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return {name: float(value) for name, value in totals.items()} | {
+        return totals | {
             "grad_norm": float(norms[0]),
             "critic_grad_norm": float(norms[1]),
             "lr": lr,
         }
 
+    def _total(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor that every process has."""
+        return self.accelerator.reduce(value, "sum")
+
+    def _totals(self, rows: list[dict]) -> dict[str, float]:
+        """Statistics of a step from those of its micro-batches: shares add up, maxima do not."""
+        names = sorted(rows[0])
+        table = torch.stack([torch.stack([row[name].float() for name in names]) for row in rows])
+        sums = self._total(table.sum(0)) / self.world
+        largest = torch.stack(processes.gather(table.amax(0).cpu())).amax(0)
+        return {
+            name: float((largest if name in MAXIMA else sums)[i]) for i, name in enumerate(names)
+        }
+
+    def _check(self, rollout, totals: dict[str, float], index, first: bool) -> None:
+        """Raises TrainingError, in all processes, where the step must not be taken."""
+        update, gap = rollout.update, totals.pop("gap")
+        dtype = next(self.actor.policy.parameters()).dtype
+        limit = TOLERANCE[dtype]
+        # the ratio of the first pass is 1: what was sampled from is what is optimised
+        if first and gap > limit and update == self.done:
+            raise processes.everywhere(
+                TrainingError,
+                f"update {update + 1}: sampler and learner differ by {gap:.3g} in a token's "
+                f"log-probability ({limit} is rounding in {dtype}): this architecture "
+                "treats its cache, padding or logits in a way that marlhf does not know",
+            )
+        if all(math.isfinite(totals[name]) for name in ("policy_loss", "value_loss")):
+            return
+        names = ", ".join(rollout.examples[i].id for i in index[:3].tolist())
+        raise processes.everywhere(
+            TrainingError,
+            f"update {update + 1}: the loss is not finite (policy {totals['policy_loss']}, value "
+            f"{totals['value_loss']}) on the batch of prompts {names}, ...",
+        )
+
     def _loss(self, rollout, advantages, index, tokens, first: bool) -> tuple[torch.Tensor, dict]:
-        whole = len(index) == len(rollout.tokens) and rollout.forward is not None
-        if whole:
+        mask = rollout.mask[index]
+        if not len(index):  # no row of this minibatch is here: a row that counts for nothing
+            index = torch.zeros(1, dtype=torch.long)
+            mask = torch.zeros_like(rollout.mask[index])
+        if rollout.forward is not None and len(index) == len(rollout.tokens):
             logprobs, values, entropies = rollout.forward
         else:
             logprobs, values, entropies = self.model(
                 rollout.ids[index],
                 rollout.starts[index],
-                rollout.mask[index],
+                mask,
                 self.ppo.sampling.temperature,
                 None if rollout.kept is None else rollout.kept[index],
             )
-        mask, old = rollout.mask[index], rollout.logprobs[index]
-        if first:
-            self._same_policy(rollout.update, logprobs, old, mask)
-        segments, ratio = advantages.segments[index], self.ppo.macro.ratio
-        shares = {"ratio": ratio, "segments": segments, "denominator": tokens}
+        old, segments = rollout.logprobs[index], advantages.segments[index]
+        shares = {"ratio": self.ppo.macro.ratio, "segments": segments, "denominator": tokens}
         policy = policy_loss(
             logprobs, old, advantages.advantages[index], mask, self.ppo.clip, **shares
         )
@@ -343,19 +391,9 @@ class PPOTrainer:
                 "policy_loss": policy.detach(),
                 "value_loss": value.detach(),
                 "entropy": masked_mean(entropies, mask, tokens),
+                "gap": torch.where(mask, logprobs - old, 0.0).abs().amax(),
             }
         return policy + value, stats
-
-    def _same_policy(self, update, logprobs, old, mask) -> None:
-        """The ratio of the first pass is 1: what was sampled from is what is optimised."""
-        gap = float(torch.where(mask, logprobs.detach() - old, 0.0).abs().max())
-        dtype = next(self.actor.policy.parameters()).dtype
-        if gap > TOLERANCE[dtype] and update == self.done:
-            raise TrainingError(
-                f"update {update + 1}: sampler and learner differ by {gap:.3g} in a token's "
-                f"log-probability ({TOLERANCE[dtype]} is rounding in {dtype}): this architecture "
-                "treats its cache, padding or logits in a way that marlhf does not know"
-            )
 
     # The loop
 
@@ -372,7 +410,7 @@ class PPOTrainer:
                 row = self.one_update(self.done)
             except TrainingError as error:
                 where = self._save_failed()
-                raise TrainingError(f"{error}. {where}") from None
+                raise processes.everywhere(TrainingError, f"{error}. {where}") from None
             run.log("metrics", row)
             if self.done % self.config.eval.every == 0 or self.done == self.ppo.updates:
                 self.evaluate()
@@ -394,8 +432,9 @@ class PPOTrainer:
         parts = dict(zip(("rollout", "score", "advantages", "update"), np.diff(clock), strict=True))
         self.seconds += clock[-1] - clock[0]
         count = {"update": self.done, "prompts_seen": self.done * self.ppo.batch}
+        rollout, advantages = whole(rollout, advantages)
         return count | diagnostics(rollout, advantages) | stats | {
-            "tokens_per_second": int(rollout.mask.sum()) * self.world / (clock[-1] - clock[0]),
+            "tokens_per_second": int(rollout.mask.sum()) / (clock[-1] - clock[0]),
             **{f"sec_{name}": float(value) for name, value in parts.items()},
             "seconds": self.seconds,
         }  # fmt: skip
@@ -406,7 +445,7 @@ class PPOTrainer:
         rows = self.evaluator(self.actor.policy)
         summary = {"update": self.done, "seconds": self.seconds, **summarise(rows)}
         summary["sec_eval"] = self._now() - start
-        if self.run is not None and self.accelerator.is_main_process:
+        if self.run is not None:
             self.run.log("evals", summary)
             for row in rows:
                 self.run.log("samples", {"update": self.done, **row})
@@ -415,8 +454,9 @@ class PPOTrainer:
     def save(self, folder: Path) -> None:
         """Everything that training goes on from: weights, optimizer, schedule, counters."""
         self.accelerator.save_state(str(folder), safe_serialization=False)  # keeps tied weights
-        state = {"done": self.done, "seconds": self.seconds}
-        (folder / "trainer.json").write_text(json.dumps(state))
+        if processes.main():
+            state = {"done": self.done, "seconds": self.seconds}
+            (folder / "trainer.json").write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
         self.accelerator.load_state(str(folder))
@@ -444,6 +484,7 @@ def train_ppo(config: Config, data: TaskData, run: Run, sft: Path, rm: Path | No
     actor, tokenizer = trainer.actor, trainer.tokenizer
     run.save_model(lambda folder: save_model(actor.policy, tokenizer, folder))
     run.save_model(lambda folder: save_model(actor.critic, tokenizer, folder), name="critic")
-    evals = run.frame("evals")
-    first, last = evals.iloc[0].to_dict(), evals.iloc[-1].to_dict()
-    run.finish({"before": first, "after": last, "training_seconds": trainer.seconds})
+    evals = run.frame("evals") if processes.main() else None
+    rows = {"before": 0, "after": -1} if processes.main() else {}
+    found = {name: evals.iloc[row].to_dict() for name, row in rows.items()}
+    run.finish({**found, "training_seconds": trainer.seconds})

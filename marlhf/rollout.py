@@ -3,11 +3,13 @@
 Shapes: B responses, T tokens of the longest, S tokens of the longest prompt and response together.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from marlhf import processes
 from marlhf.macro import pool
 from marlhf.objectives import explained_variance, kl_k1, masked_rms
 from marlhf.text import Example
@@ -51,6 +53,41 @@ class Advantages:
     rewards: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+
+
+# What `diagnostics` reads of a rollout and of its advantages.
+_WATCHED = ("mask", "finished", "full_logprobs", "ref_logprobs", "values")
+
+
+def whole(rollout: Rollout, advantages: Advantages) -> tuple[Rollout, Advantages]:
+    """The rollout of all processes in the order of its prompts: what `diagnostics` reads."""
+    if processes.world() == 1:
+        return rollout, advantages
+    parts = {name: getattr(rollout, name).cpu() for name in _WATCHED}
+    parts |= {name: value.cpu() for name, value in vars(advantages).items()}
+    shares = processes.gather((parts, rollout.rm_scores, rollout.true_scores))
+    longest = max(part["mask"].shape[1] for part, *_ in shares)
+
+    def joined(name):
+        off = -1 if name == "segments" else 0
+        rows = []
+        for part, *_ in shares:
+            value = part[name]
+            pad = (0, longest - value.shape[1]) if value.ndim == 2 else (0, 0)
+            rows.append(list(F.pad(value, pad, value=off)))
+        return torch.stack(processes.undeal(rows))
+
+    scores, truths = ([share[i] for share in shares] for i in (1, 2))
+    found = {name: joined(name) for name in parts}
+    names = [part.name for part in fields(Advantages)]
+    merged = replace(
+        rollout,
+        **{name: found[name] for name in _WATCHED},
+        rm_scores=np.array(processes.undeal(scores)),
+        true_scores=None if truths[0] is None else np.array(processes.undeal(truths)),
+        forward=None,
+    )
+    return merged, Advantages(**{name: found[name] for name in names})
 
 
 @torch.no_grad()
