@@ -25,16 +25,7 @@ from marlhf import processes
 from marlhf.config import Config
 from marlhf.evaluate import Evaluator, Prompts, response_texts, summarise
 from marlhf.macro import macro_gae
-from marlhf.models import (
-    ActorCritic,
-    Reference,
-    disable_dropout,
-    load_policy,
-    load_scalar,
-    pack,
-    reuse_memory,
-    save_model,
-)
+from marlhf.models import ActorCritic, pack, reuse_memory, save_model
 from marlhf.objectives import (
     masked_mean,
     policy_loss,
@@ -43,7 +34,8 @@ from marlhf.objectives import (
     value_loss,
     whiten,
 )
-from marlhf.rewards import RewardModel, TrueScore
+from marlhf.rewards import TrueScore
+from marlhf.roles import make_optimizer, make_roles, merged_critic
 from marlhf.rollout import Advantages, Rollout, diagnostics, whole
 from marlhf.runs import Run, TrainingError, keyed_rng
 from marlhf.sampling import Sampler, keyed_uniforms
@@ -74,7 +66,6 @@ class PPOTrainer:
         run: Run | None = None,
     ):
         from accelerate import Accelerator
-        from transformers import get_scheduler
 
         self.config, self.ppo, self.data, self.run = config, config.ppo, data, run
         self.accelerator = Accelerator(
@@ -86,32 +77,16 @@ class PPOTrainer:
             raise ValueError(
                 f"ppo.batch={self.ppo.batch} prompts is not a multiple of {self.world} processes"
             )
-        seed = config.seed
         reuse_memory()
         self.tokenizer = load_tokenizer(
             str(sft), config.model.revision, config.model.trust_remote_code
         )
-        policy = load_policy(config.model, self.tokenizer, sft, seed)
         self.task = get_task(config.data.task)
-        self.reward = self._reward(rm)
-        actor = ActorCritic(policy, *self._critic(sft, rm))
-        disable_dropout(actor)
-        actor.to(self.device)
-        self.reference = Reference(actor.policy)
+        roles = make_roles(config, self.tokenizer, sft, rm, self.device)
+        actor, self.reference, self.reward = roles.actor, roles.reference, roles.reward
         self.truth = TrueScore(self.task) if self.task.has_truth(config.data) else None
-        optimizer = torch.optim.AdamW(
-            actor.parameter_groups(self.ppo.lr, self.ppo.critic_lr, self.ppo.weight_decay),
-            fused=True,
-        )
-        steps = self.ppo.updates * self.ppo.passes * self.ppo.minibatches
-        scheduler = get_scheduler(
-            {"constant": "constant_with_warmup"}.get(self.ppo.schedule, self.ppo.schedule),
-            optimizer,
-            num_warmup_steps=self.ppo.warmup * self.ppo.passes * self.ppo.minibatches,
-            num_training_steps=steps,
-        )
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
-            actor, optimizer, scheduler
+            actor, *make_optimizer(actor, self.ppo)
         )
         macro = self.ppo.macro
         self.segmenter = make_segmenter(
@@ -147,23 +122,6 @@ class PPOTrainer:
     @property
     def actor(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
-
-    def _reward(self, rm):
-        if self.ppo.reward == "task":
-            return TrueScore(self.task)
-        if rm is None:
-            raise ValueError("ppo.reward=rm needs a reward model: give one, or set ppo.reward=task")
-        return RewardModel.load(rm, self.config, device=self.device)
-
-    def _critic(self, sft, rm) -> tuple:
-        """The critic and the shift and scale of its values (Sec. 4.1: it starts from the RM)."""
-        model, kind, seed = self.config.model, self.ppo.critic_init, self.config.seed
-        if kind != "rm":
-            return (load_scalar(model, self.tokenizer, sft, zero_head=kind == "zero", seed=seed),)
-        if rm is None:
-            raise ValueError("ppo.critic_init=rm needs a reward model: set it to policy or zero")
-        mean, std = self.reward.mean, self.reward.std
-        return load_scalar(model, self.tokenizer, rm, seed=seed), -mean / std, 1.0 / std
 
     # The four steps
 
@@ -483,7 +441,8 @@ def train_ppo(config: Config, data: TaskData, run: Run, sft: Path, rm: Path | No
     trainer.train()
     actor, tokenizer = trainer.actor, trainer.tokenizer
     run.save_model(lambda folder: save_model(actor.policy, tokenizer, folder))
-    run.save_model(lambda folder: save_model(actor.critic, tokenizer, folder), name="critic")
+    critic = merged_critic(actor)
+    run.save_model(lambda folder: save_model(critic, tokenizer, folder), name="critic")
     evals = run.frame("evals") if processes.main() else None
     rows = {"before": 0, "after": -1} if processes.main() else {}
     found = {name: evals.iloc[row].to_dict() for name, row in rows.items()}
