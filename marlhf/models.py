@@ -13,17 +13,19 @@ import copy
 import ctypes
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from marlhf.config import ModelConfig
 from marlhf.text import check_vocabulary
 
 ARCHITECTURES = ("llama", "gemma")
+LOGITS = 2**26  # most float32 logits that are held at once: 256 MiB
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -189,27 +191,27 @@ def reuse_memory() -> None:
         mallopt(top_pad, 2**28)
 
 
-def disable_dropout(module: nn.Module) -> None:
-    """Every dropout to 0: the learner must see the policy that was sampled from."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        for name, value in vars(part).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
-
-
 def is_lora(model) -> bool:
     return hasattr(model, "peft_config")
 
 
+def _inner(model):
+    return model.get_base_model() if is_lora(model) else model
+
+
+def backbone_of(model):
+    """The transformer under a causal LM's or classifier's head, LoRA or not."""
+    inner = _inner(model)
+    return getattr(inner, inner.base_model_prefix)
+
+
 def backbone_and_head(model):
     """The transformer and the ``score`` head of a sequence classifier, LoRA or not."""
-    inner = model.get_base_model() if is_lora(model) else model
+    inner = _inner(model)
     head = getattr(inner, "score", None)
     if head is None:
         raise ValueError(f"{type(inner).__name__} has no `score` head on a causal backbone")
-    return getattr(inner, inner.base_model_prefix), head
+    return backbone_of(model), head
 
 
 def position_ids(mask: torch.Tensor) -> torch.Tensor:
@@ -230,29 +232,69 @@ def pack(prompt_ids, prompt_mask, tokens, mask, pad: int) -> tuple[torch.Tensor,
     return both.masked_fill(~valid, pad).gather(1, order)[:, :longest], prompt_mask.sum(1)
 
 
-def _before(hidden: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
-    """Hidden states ``[B, length, d]`` one position before each response token, clamped."""
-    index = starts[:, None] - 1 + torch.arange(length, device=hidden.device)
-    index = index.clamp(0, hidden.shape[1] - 1).unsqueeze(-1)
-    return hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
+@contextmanager
+def feed_forward_at(backbone, places: torch.Tensor):
+    """Within, the last layer's feed-forward part runs at the flat ``places`` of ``[B, S]`` alone.
 
-
-def response_logits(
-    model, ids: torch.Tensor, starts: torch.Tensor, length: int, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Logits ``[B, length, V]`` that predict the response tokens of packed ``ids`` ``[B, S]``.
-
-    The output matrix is applied to these positions alone; with ``mask`` ``[B, length]`` to the N
-    valid ones, row by row: ``[N, V]``. (A model that does more to its logits than Gemma-2's soft
-    cap fails the trainer's first comparison with the sampler, loudly.)
+    It works on each position by itself and nothing after it mixes positions, so that it is lost
+    work where the hidden state is not read (it is 0 there). Without effect on an architecture that
+    has no ``layers[-1].mlp``, on experts, and where the layer is run again by the backward pass.
     """
-    inner = model.get_base_model() if is_lora(model) else model
-    backbone = getattr(inner, inner.base_model_prefix)
-    hidden = _before(backbone(input_ids=ids, use_cache=False).last_hidden_state, starts, length)
-    hidden = hidden if mask is None else hidden[mask]
+    layers = getattr(backbone, "layers", None)
+    mlp = getattr(layers[-1], "mlp", None) if layers else None
+    again = torch.is_grad_enabled() and getattr(backbone, "gradient_checkpointing", False)
+    if mlp is None or hasattr(mlp, "experts") or again:
+        yield
+        return
+    shape = None
+
+    def select(_, inputs):
+        nonlocal shape
+        shape = inputs[0].shape
+        return (inputs[0].flatten(0, 1).index_select(0, places).unsqueeze(0),)
+
+    def put_back(_, inputs, output):
+        full = output.new_zeros(shape).flatten(0, 1)
+        return full.index_copy(0, places, output.squeeze(0)).view(shape)
+
+    handles = mlp.register_forward_pre_hook(select), mlp.register_forward_hook(put_back)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_at(backbone, ids: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Last hidden states ``[N, d]`` of right-padded ids ``[B, S]`` at flat places ``[N]``."""
+    with feed_forward_at(backbone, places):
+        hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, places)
+
+
+def output_logits(model, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits ``[..., V]`` of last hidden states ``[..., d]``.
+
+    (A model that does more to its logits than Gemma-2's soft cap fails the trainer's first
+    comparison with the sampler, loudly.)
+    """
+    inner = _inner(model)
     logits = inner.get_output_embeddings()(hidden)
     cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def response_hidden(backbone, ids: torch.Tensor, starts: torch.Tensor, mask: torch.Tensor):
+    """Hidden states ``[N, d]`` one position before each of the N valid response tokens, by rows."""
+    ids = ids[:, :-1]  # nothing is predicted after the last token
+    rows = torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
+    steps = torch.arange(mask.shape[1], device=ids.device)
+    return hidden_at(backbone, ids, (rows + starts[:, None] - 1 + steps)[mask])
+
+
+def response_logits(model, ids: torch.Tensor, starts: torch.Tensor, mask: torch.Tensor):
+    """Logits ``[N, V]`` that predict the N valid response tokens of packed ids ``[B, S]``."""
+    return output_logits(model, response_hidden(backbone_of(model), ids, starts, mask))
 
 
 def response_tokens(ids: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
@@ -278,24 +320,62 @@ def gather_logprobs(
     return logprobs.gather(-1, where).squeeze(-1)
 
 
+def token_logprobs(model, hidden, tokens, temperature: float = 1.0, kept=None, entropy=False):
+    """log softmax(logits / temperature) at ``tokens`` ``[N]``, float32; with ``entropy`` the pair
+    of it and the entropy ``[N]`` in nats over the whole vocabulary, which has no gradient.
+
+    hidden ``[N, d]`` are the last hidden states that predict the tokens; ``kept`` ``[N, k]`` as in
+    `gather_logprobs`. No more than ``LOGITS`` logits are there at once: beyond that they are made
+    chunk by chunk, and once more in the backward pass.
+    """
+
+    def one(hidden, tokens, kept):
+        logits = output_logits(model, hidden)
+        if not entropy:
+            return gather_logprobs(logits, tokens, temperature, kept)
+        every = (logits.float() / temperature).log_softmax(-1)  # [n, V]
+        with torch.no_grad():
+            entropies = -torch.linalg.vecdot(every.exp(), every)
+        if kept is not None:
+            return gather_logprobs(logits, tokens, temperature, kept), entropies
+        return every.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), entropies
+
+    rows = max(1, LOGITS // model.config.get_text_config().vocab_size)
+    if len(hidden) <= rows:
+        return one(hidden, tokens, kept)
+    chunks = range(0, len(hidden), rows)
+    made = [
+        checkpoint(
+            one,
+            hidden[i : i + rows],
+            tokens[i : i + rows],
+            None if kept is None else kept[i : i + rows],
+            use_reentrant=False,
+        )
+        for i in chunks
+    ]
+    if not entropy:
+        return torch.cat(made)
+    return tuple(torch.cat(column) for column in zip(*made, strict=True))
+
+
 def unravel(flat: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Numbers of the valid tokens ``[N]``, row by row, in their places ``[B, T]``; 0 elsewhere."""
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
-def token_values(model, ids: torch.Tensor, starts: torch.Tensor, length: int) -> torch.Tensor:
-    """V(s_t) ``[B, length]``, float32: s_t is the prompt and the response tokens before t."""
+def token_values(model, ids, starts, mask: torch.Tensor) -> torch.Tensor:
+    """V(s_t) ``[B, T]``, float32, 0 off the mask: s_t is the prompt and the tokens before t."""
     backbone, head = backbone_and_head(model)
-    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    return head(_before(hidden, starts, length)).squeeze(-1).float()
+    hidden = response_hidden(backbone, ids, starts, mask)
+    return unravel(head(hidden).squeeze(-1).float(), mask)
 
 
 def sequence_scores(model, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """The score ``[B]``, float32, at the last of each row's ``lengths`` right-padded tokens."""
     backbone, head = backbone_and_head(model)
-    hidden = backbone(input_ids=ids, use_cache=False).last_hidden_state
-    last = (lengths - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])
-    return head(hidden.gather(1, last)).flatten().float()
+    last = torch.arange(len(ids), device=ids.device) * ids.shape[1] + lengths - 1
+    return head(hidden_at(backbone, ids, last)).squeeze(-1).float()
 
 
 class ActorCritic(nn.Module):
@@ -315,25 +395,21 @@ class ActorCritic(nn.Module):
     def forward(self, ids, starts, mask, temperature: float = 1.0, kept=None, parts="both"):
         """-> log-probabilities, values, entropies of the response tokens on ``mask`` ``[B, T]``.
 
-        Each is float32 ``[B, T]``; log-probabilities and entropies are 0 off the mask. The entropy,
-        in nats, is that of softmax(logits / temperature) over the whole vocabulary.
+        Each is float32 ``[B, T]`` and 0 off the mask. The entropy, in nats, is that of
+        softmax(logits / temperature) over the whole vocabulary.
         ``parts="values"`` gives the values alone. Everything goes through this one call, because a
         wrapper for several processes sees no other.
         """
-        length = mask.shape[1]
-        values = token_values(self.critic, ids, starts, length)
-        values = values * self.value_scale + self.value_shift
+        values = token_values(self.critic, ids, starts, mask)
+        values = torch.where(mask, values * self.value_scale + self.value_shift, 0.0)
         if parts == "values":
             return values
-        logits = response_logits(self.policy, ids, starts, length, mask)
-        tokens = response_tokens(ids, starts, length)[mask]
-        every = (logits.float() / temperature).log_softmax(-1)  # [N, V]
-        if kept is None:
-            logprobs = every.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        else:
-            logprobs = gather_logprobs(logits, tokens, temperature, kept[mask])
-        with torch.no_grad():
-            entropies = -(every.exp() * every).sum(-1)
+        tokens = response_tokens(ids, starts, mask.shape[1])[mask]
+        hidden = response_hidden(backbone_of(self.policy), ids, starts, mask)
+        kept = None if kept is None else kept[mask]
+        logprobs, entropies = token_logprobs(
+            self.policy, hidden, tokens, temperature, kept, entropy=True
+        )
         return unravel(logprobs, mask), values, unravel(entropies, mask)
 
     def parameter_groups(self, lr: float, critic_lr: float, weight_decay: float) -> list[dict]:
@@ -360,8 +436,9 @@ class Reference:
     def logprobs(self, ids, starts, tokens, mask, *temperatures: float) -> list[torch.Tensor]:
         """log pi_ref of response ``tokens`` ``[B, T]``, 0 off the mask, at each temperature."""
         with self.model.disable_adapter() if is_lora(self.model) else nullcontext():
-            logits = response_logits(self.model, ids, starts, tokens.shape[1], mask)
-        return [unravel(gather_logprobs(logits, tokens[mask], t), mask) for t in temperatures]
+            hidden = response_hidden(backbone_of(self.model), ids, starts, mask)
+            found = [token_logprobs(self.model, hidden, tokens[mask], t) for t in temperatures]
+        return [unravel(each, mask) for each in found]
 
 
 def save_model(model, tokenizer, folder: str | Path) -> None:

@@ -44,6 +44,7 @@ from marlhf.tasks import get_task
 from marlhf.tasks.base import TaskData
 from marlhf.text import load_tokenizer
 
+PARTS = 4  # forward passes over a rollout, whose rows stand by length: a tenth less padding
 # The largest gap that rounding leaves between the sampler's log-probability of a token and the
 # learner's on the first pass; a larger one means that they are not the same policy.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1.0, torch.float16: 0.3}
@@ -89,13 +90,8 @@ class PPOTrainer:
             actor, *make_optimizer(actor, self.ppo)
         )
         macro = self.ppo.macro
-        self.segmenter = make_segmenter(
-            macro.termination,
-            n=macro.n,
-            lengths=tuple(macro.lengths),
-            repeats=macro.repeats,
-            reading=macro.reading,
-        )
+        settings = {name: getattr(macro, name) for name in ("n", "lengths", "repeats", "reading")}
+        self.segmenter = make_segmenter(macro.termination, **settings)
         if len(data.ppo) < self.ppo.batch:
             raise ValueError(
                 f"ppo.batch={self.ppo.batch} prompts, but the PPO part of the data has "
@@ -136,11 +132,14 @@ class PPOTrainer:
         sampling = self.ppo.sampling
         sampler = Sampler(self.actor.policy, self.tokenizer, sampling.temperature, sampling.top_k)
         sample = sampler(ids, mask, uniforms)
+        order = (mask.sum(1) + sample.mask.sum(1)).argsort(stable=True)
+        sample, examples = sample[order], [examples[i] for i in order.tolist()]
         longest = int(sample.mask.sum(1).max())
-        packed, starts = pack(ids, mask, sample.tokens, sample.mask, sampler.pad)
+        packed, starts = pack(ids[order], mask[order], sample.tokens, sample.mask, sampler.pad)
         return Rollout(
             update=update,
             examples=examples,
+            places=order.cpu() * self.world + processes.rank(),
             texts=response_texts(sample, self.tokenizer),
             ids=packed,
             starts=starts,
@@ -186,25 +185,47 @@ class PPOTrainer:
             scores = scores.clamp(-self.ppo.reward_clip, self.ppo.reward_clip)
         rollout.scores = scores - self.ppo.missing_end_penalty * (~rollout.finished).float()
 
-        ids, starts, tokens, mask = rollout.ids, rollout.starts, rollout.tokens, rollout.mask
         temperatures = [self.ppo.sampling.temperature]
         if self.ppo.macro.termination == "perplexity":
             temperatures.append(1.0)
-        found = self.reference.logprobs(ids, starts, tokens, mask, *temperatures)
-        rollout.ref_logprobs, rollout.ref_logprobs_1 = found[0], found[-1]
+        every = torch.arange(len(examples))
+        found = []
+        for index in every.split(self._rows):
+            read = rollout.rows(index)[:4]
+            found.append([rollout.widen(x) for x in self.reference.logprobs(*read, *temperatures)])
+        reference = [torch.cat(parts) for parts in zip(*found, strict=True)]
+        rollout.ref_logprobs, rollout.ref_logprobs_1 = reference[0], reference[-1]
         if self._one_forward:
             # the update's only forward pass is here, so the old values cost no pass of their own
             with torch.enable_grad():
-                rollout.forward = self.model(ids, starts, mask, temperatures[0], rollout.kept)
+                rollout.forward = self._forward(rollout, every)
             rollout.values = rollout.forward[1].detach()
         else:
-            rollout.values = self.model(ids, starts, mask, parts="values")
+            (rollout.values,) = self._forward(rollout, every, "values")
         return rollout
 
     @property
     def _one_forward(self) -> bool:
         ppo = self.ppo
-        return ppo.passes == 1 and ppo.minibatches == 1 and ppo.micro_batch is None
+        single = ppo.passes == 1 and ppo.minibatches == 1 and ppo.micro_batch is None
+        return single and self.world == 1
+
+    @property
+    def _rows(self) -> int:
+        """Rows in a forward pass: a micro-batch, else a part of the rollout of like lengths (the
+        wrapper for several processes wants one forward pass for each backward pass)."""
+        parts = PARTS if self.world == 1 else 1
+        return self.ppo.micro_batch or math.ceil(self.ppo.batch / self.world / parts)
+
+    def _forward(self, rollout: Rollout, index: torch.Tensor, parts: str = "both") -> tuple:
+        """What `ActorCritic` gives for some rows, ``[n, T]`` each, some rows at a time."""
+        made = []
+        for some in index.split(self._rows):
+            ids, starts, _, mask, kept = rollout.rows(some)
+            found = self.model(ids, starts, mask, self.ppo.sampling.temperature, kept, parts)
+            found = found if isinstance(found, tuple) else (found,)
+            made.append([rollout.widen(x) for x in found])
+        return tuple(torch.cat(column) for column in zip(*made, strict=True))
 
     def advantages(self, rollout: Rollout) -> Advantages:
         """Macro actions, their rewards and values, GAE over them (Alg. 1), spread to tokens."""
@@ -230,20 +251,20 @@ class PPOTrainer:
             ppo.macro.reward_weights,
         )
         if ppo.whiten:
-            advantages = whiten(advantages, mask, total=self._total)
+            advantages = whiten(advantages, mask, total=self.accelerator.reduce)
         return Advantages(segments, rewards, advantages, returns)
 
     def update(self, rollout: Rollout, advantages: Advantages) -> dict[str, float]:
         """Passes over the rollout in minibatches, an optimizer step each. -> what to watch."""
         stats = []
         for number in range(self.ppo.passes):
-            # an order of the rows of all processes, of which each takes those that it has
+            # an order of the prompts of all processes, of which each takes those that it has
             order = torch.arange(self.ppo.batch)
             if self.ppo.minibatches > 1:
                 rng = keyed_rng(self.config.seed, "minibatches", rollout.update, number)
                 order = torch.from_numpy(rng.permutation(self.ppo.batch))
-            for index in order.chunk(self.ppo.minibatches):
-                index = index[index % self.world == processes.rank()] // self.world
+            for places in order.chunk(self.ppo.minibatches):
+                index = torch.isin(rollout.places, places).nonzero().flatten()  # by length
                 stats.append(self._step(rollout, advantages, index, first=not stats))
         rollout.forward = None
         self.done, self._stepped = rollout.update + 1, False
@@ -252,7 +273,7 @@ class PPOTrainer:
     def _step(self, rollout, advantages, index, first: bool) -> dict[str, float]:
         """One optimizer step on the rows `index`, in micro-batches of one gradient."""
         # every micro-batch of every process divides by the tokens of the whole minibatch
-        tokens = self._total(rollout.mask[index].sum().float()) / self.world
+        tokens = self.accelerator.reduce(rollout.mask[index].sum().float()) / self.world
         parts = index.split(self.ppo.micro_batch or max(1, len(index)))
         rows = []
         for micro in parts:
@@ -262,7 +283,7 @@ class PPOTrainer:
                 loss, row = self._loss(rollout, advantages, micro, tokens, first)
                 self.accelerator.backward(loss)
             rows.append(row)
-        totals = self._totals(rows)
+        totals = processes.statistics(rows, MAXIMA)
         self._check(rollout, totals, index, first)
         norms = [
             self.accelerator.clip_grad_norm_(group["params"], self.ppo.max_grad_norm)
@@ -277,20 +298,6 @@ class PPOTrainer:
             "grad_norm": float(norms[0]),
             "critic_grad_norm": float(norms[1]),
             "lr": lr,
-        }
-
-    def _total(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum of a tensor that every process has."""
-        return self.accelerator.reduce(value, "sum")
-
-    def _totals(self, rows: list[dict]) -> dict[str, float]:
-        """Statistics of a step from those of its micro-batches: shares add up, maxima do not."""
-        names = sorted(rows[0])
-        table = torch.stack([torch.stack([row[name].float() for name in names]) for row in rows])
-        sums = self._total(table.sum(0)) / self.world
-        largest = torch.stack(processes.gather(table.amax(0).cpu())).amax(0)
-        return {
-            name: float((largest if name in MAXIMA else sums)[i]) for i, name in enumerate(names)
         }
 
     def _check(self, rollout, totals: dict[str, float], index, first: bool) -> None:
@@ -323,13 +330,7 @@ class PPOTrainer:
         if rollout.forward is not None and len(index) == len(rollout.tokens):
             logprobs, values, entropies = rollout.forward
         else:
-            logprobs, values, entropies = self.model(
-                rollout.ids[index],
-                rollout.starts[index],
-                mask,
-                self.ppo.sampling.temperature,
-                None if rollout.kept is None else rollout.kept[index],
-            )
+            logprobs, values, entropies = self._forward(rollout, index)
         old, segments = rollout.logprobs[index], advantages.segments[index]
         shares = {"ratio": self.ppo.macro.ratio, "segments": segments, "denominator": tokens}
         policy = policy_loss(

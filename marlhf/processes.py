@@ -70,6 +70,19 @@ def agree(error: Exception | None) -> None:
         raise everywhere(*found[0])
 
 
+def statistics(rows: Sequence[dict[str, Any]], maxima: Sequence[str]) -> dict[str, float]:
+    """Scalar tensors of micro-batches as numbers of the whole step: the sum over micro-batches,
+    averaged over processes (a loss's shares, as its gradients are), or the largest of all."""
+    import torch
+
+    names = list(rows[0])
+    table = torch.stack([torch.stack([row[name].float() for name in names]) for row in rows]).cpu()
+    found = gather((table.sum(0), table.amax(0)))
+    sums = torch.stack([sums for sums, _ in found]).mean(0)
+    largest = torch.stack([largest for _, largest in found]).amax(0)
+    return {n: float((largest if n in maxima else sums)[i]) for i, n in enumerate(names)}
+
+
 def deal(items: Sequence[T]) -> Sequence[T]:
     """This process' share: every world-th item, from its rank on."""
     return items[rank() :: world()]

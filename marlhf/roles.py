@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from marlhf.config import Config, PPOConfig
-from marlhf.models import ActorCritic, Reference, disable_dropout, is_lora, load_policy, load_scalar
+from marlhf.models import ActorCritic, Reference, is_lora, load_policy, load_scalar
 from marlhf.rewards import RewardModel, TrueScore
 from marlhf.tasks import get_task
 
@@ -64,6 +64,16 @@ def make_roles(config: Config, tokenizer, sft: str | Path, rm: str | Path | None
     if isinstance(roles.reward, RewardModel):
         roles.reward.model.to(device)
     return roles
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """Every dropout to 0: the learner must see the policy that was sampled from."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name, value in vars(part).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
 
 
 def make_optimizer(actor: ActorCritic, ppo: PPOConfig):

@@ -3,7 +3,7 @@
 Shapes: B responses, T tokens of the longest, S tokens of the longest prompt and response together.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,10 +17,14 @@ from marlhf.text import Example
 
 @dataclass
 class Rollout:
-    """Responses of one update and what is known about them; `score` fills the second part."""
+    """Responses of one update and what is known about them; `score` fills the second part.
+
+    Rows stand by length, prompt included, so that rows next to each other need little padding.
+    """
 
     update: int
     examples: list[Example]
+    places: torch.Tensor  # int64 [B], of the prompts among those of the update, on the host
     texts: list[str]
     ids: torch.Tensor  # int64 [B, S], prompt and response packed, right padded
     starts: torch.Tensor  # int64 [B], where the response begins in ids
@@ -39,6 +43,21 @@ class Rollout:
     values: torch.Tensor | None = None  # [B, T], critic before the update
     forward: tuple | None = field(default=None, repr=False)  # the update's forward pass, if shared
 
+    def __post_init__(self):
+        lengths = self.mask.sum(1)  # [B]; on the host, so that cutting rows waits for no device
+        self._sizes = torch.stack([self.starts + lengths, lengths], 1).cpu()
+
+    def rows(self, index: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """ids, starts, tokens, mask, kept of some rows, cut to the longest of them."""
+        size, length = self._sizes[index].amax(0).tolist()
+        ids, tokens = self.ids[index, :size], self.tokens[index, :length]
+        kept = None if self.kept is None else self.kept[index, :length]
+        return ids, self.starts[index], tokens, self.mask[index, :length], kept
+
+    def widen(self, part: torch.Tensor) -> torch.Tensor:
+        """``[n, t]`` of some rows to ``[n, T]``, zeros at the right."""
+        return F.pad(part, (0, self.mask.shape[1] - part.shape[1]))
+
     @property
     def kl(self) -> torch.Tensor:
         """log pi - log pi_ref of each token ``[B, T]``, at the sampling temperature."""
@@ -56,38 +75,33 @@ class Advantages:
 
 
 # What `diagnostics` reads of a rollout and of its advantages.
-_WATCHED = ("mask", "finished", "full_logprobs", "ref_logprobs", "values")
+_WATCHED = ("starts", "mask", "finished", "full_logprobs", "ref_logprobs", "values")
 
 
 def whole(rollout: Rollout, advantages: Advantages) -> tuple[Rollout, Advantages]:
-    """The rollout of all processes in the order of its prompts: what `diagnostics` reads."""
+    """The rollout of all processes, rows in any order, as far as `diagnostics` reads it."""
     if processes.world() == 1:
         return rollout, advantages
-    parts = {name: getattr(rollout, name).cpu() for name in _WATCHED}
-    parts |= {name: value.cpu() for name, value in vars(advantages).items()}
-    shares = processes.gather((parts, rollout.rm_scores, rollout.true_scores))
-    longest = max(part["mask"].shape[1] for part, *_ in shares)
+    read = {name: getattr(rollout, name) for name in _WATCHED} | vars(advantages)
+    shares = processes.gather({name: value.cpu() for name, value in read.items()})
+    longest = max(share["mask"].shape[1] for share in shares)
 
     def joined(name):
         off = -1 if name == "segments" else 0
-        rows = []
-        for part, *_ in shares:
-            value = part[name]
-            pad = (0, longest - value.shape[1]) if value.ndim == 2 else (0, 0)
-            rows.append(list(F.pad(value, pad, value=off)))
-        return torch.stack(processes.undeal(rows))
+        parts = [share[name] for share in shares]
+        if parts[0].ndim == 2:
+            parts = [F.pad(part, (0, longest - part.shape[1]), value=off) for part in parts]
+        return torch.cat(parts)
 
-    scores, truths = ([share[i] for share in shares] for i in (1, 2))
-    found = {name: joined(name) for name in parts}
-    names = [part.name for part in fields(Advantages)]
+    found = {name: joined(name) for name in read}
+    scores = processes.gather((rollout.rm_scores, rollout.true_scores))
     merged = replace(
         rollout,
         **{name: found[name] for name in _WATCHED},
-        rm_scores=np.array(processes.undeal(scores)),
-        true_scores=None if truths[0] is None else np.array(processes.undeal(truths)),
-        forward=None,
+        rm_scores=np.concatenate([rm for rm, _ in scores]),
+        true_scores=None if scores[0][1] is None else np.concatenate([true for _, true in scores]),
     )
-    return merged, Advantages(**{name: found[name] for name in names})
+    return merged, Advantages(**{name: found[name] for name in vars(advantages)})
 
 
 @torch.no_grad()

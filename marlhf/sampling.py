@@ -5,12 +5,12 @@ keyed by (seed, stream, update, prompt), so that a row's response depends neithe
 sampled in, nor on its place there, nor on what was sampled before.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-from marlhf.models import position_ids
+from marlhf.models import backbone_of, feed_forward_at, position_ids
 from marlhf.runs import keyed_rng
 
 
@@ -24,6 +24,11 @@ class Sample:
     logprobs: torch.Tensor  # float32 [B, T] under the distribution sampled from; 0 off the mask
     full_logprobs: torch.Tensor  # float32 [B, T] at the same temperature over the whole vocabulary
     kept: torch.Tensor | None  # int64 [B, T, k]: the ids that top-k kept; None without top-k
+
+    def __getitem__(self, index: torch.Tensor) -> "Sample":
+        """Some of the rows, in the order of ``index``."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Sample(*(None if part is None else part[index] for part in parts))
 
 
 def keyed_uniforms(seed: int, stream: str, update: int, prompts: list[str], length: int):
@@ -108,14 +113,16 @@ class Sampler:
         # asking an accelerator whether all rows have ended makes the host wait for it
         every = 1 if device.type == "cpu" else 16
 
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask),
-            past_key_values=cache,
-            logits_to_keep=1,
-            use_cache=True,
-        ).logits[:, -1]
+        last = torch.arange(1, rows + 1, device=device) * prompt - 1
+        with feed_forward_at(backbone_of(model), last):
+            logits = model(
+                input_ids=ids,
+                attention_mask=mask.long(),
+                position_ids=position_ids(mask),
+                past_key_values=cache,
+                logits_to_keep=1,
+                use_cache=True,
+            ).logits[:, -1]
         for t in range(length):
             token, logprob, whole, ids_kept = draw(
                 logits, uniforms[:, t], self.temperature, self.top_k

@@ -17,11 +17,13 @@ import torch.nn.functional as F
 from marlhf.config import Config
 from marlhf.evaluate import Prompts, response_texts
 from marlhf.models import (
+    backbone_of,
     load_policy,
     load_scalar,
-    response_logits,
+    response_hidden,
     save_model,
     sequence_scores,
+    token_logprobs,
 )
 from marlhf.rewards import RewardModel, TrueScore
 from marlhf.roles import save_adapter
@@ -99,8 +101,8 @@ class Demonstrations(Objective):
 
     def losses(self, ids, starts, labels) -> torch.Tensor:
         mask = labels != IGNORED
-        logits = response_logits(self.model, ids, starts, labels.shape[1], mask)
-        return F.cross_entropy(logits.float(), labels[mask], reduction="none")
+        hidden = response_hidden(backbone_of(self.model), ids, starts, mask)
+        return -token_logprobs(self.model, hidden, labels[mask])
 
 
 class Comparisons(Objective):

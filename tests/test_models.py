@@ -8,23 +8,29 @@ import transformers
 from tinymodels import CONFIGS, PROMPTS, RESPONSES, TOLERANCE, make, packed, scalar
 from torch import nn
 
+from marlhf import models
 from marlhf.config import ModelConfig, load_config
 from marlhf.models import (
     ActorCritic,
     Reference,
-    disable_dropout,
+    backbone_of,
     gather_logprobs,
+    hidden_at,
     is_lora,
     load_policy,
     load_scalar,
     position_ids,
+    response_hidden,
     response_logits,
     response_tokens,
     save_model,
     sequence_scores,
     tiny_config,
+    token_logprobs,
     token_values,
+    unravel,
 )
+from marlhf.roles import disable_dropout
 from marlhf.text import right_pad, train_tokenizer
 
 
@@ -62,14 +68,12 @@ def test_pack_keeps_tokens_that_equal_the_padding():
 @pytest.mark.parametrize("arch", CONFIGS)
 def test_response_logits_are_the_models_own(arch):
     model = make(arch)
-    ids, starts, tokens, mask = packed()
-    got = response_logits(model, ids, starts, tokens.shape[1])
-    flat = response_logits(model, ids, starts, tokens.shape[1], mask)
-    assert torch.equal(flat, got[mask])
-    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+    ids, starts, _, mask = packed()
+    got = response_logits(model, ids, starts, mask).split([len(r) for r in RESPONSES])
+    for prompt, response, found in zip(PROMPTS, RESPONSES, got, strict=True):
         own = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
         assert own.std() > 0.1
-        torch.testing.assert_close(got[row, : len(response)], own, atol=TOLERANCE, rtol=1e-4)
+        torch.testing.assert_close(found, own, atol=TOLERANCE, rtol=1e-4)
 
 
 @pytest.mark.parametrize("arch", CONFIGS)
@@ -82,14 +86,67 @@ def test_scores_are_transformers_own_and_values_end_with_them(arch):
         own = model(torch.tensor([row]), attention_mask=torch.ones(1, len(row))).logits
         torch.testing.assert_close(score, own[0, 0], atol=TOLERANCE, rtol=1e-4)
     # V(s_t) is read before token t: after the last but one token stands the value of the last
-    values = token_values(model, *packed()[:2], 7)
+    ids, starts, _, mask = packed()
+    values = token_values(model, ids, starts, mask)
     for i, response in enumerate(RESPONSES):
         before = torch.tensor([PROMPTS[i] + response[:-1]])
         score = sequence_scores(model, before, torch.tensor([before.shape[1]]))
         torch.testing.assert_close(values[i, len(response) - 1], score[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_the_last_feed_forward_part_runs_only_where_it_is_read(arch):
+    model = make(arch)
+    backbone, ids = backbone_of(model), torch.tensor([[2, 3, 4, 5, 6], [7, 8, 9, 2, 3]])
+    places = torch.tensor([3, 4, 7])
+    mlp, seen = getattr(getattr(backbone, "layers", [None])[-1], "mlp", None), []
+    if mlp is not None:
+        mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))
+    whole = backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[places]
+    found = hidden_at(backbone, ids, places)
+    torch.testing.assert_close(found, whole, atol=TOLERANCE, rtol=1e-4)
+    grads = [
+        torch.autograd.grad(x.square().sum(), list(backbone.parameters()), allow_unused=True)
+        for x in (found, whole)
+    ]
+    for one, other in zip(*grads, strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+    assert seen == ([10, 3] if mlp is not None else [])
+    again = backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[places]
+    assert torch.equal(again, whole)  # outside, the model is as it was
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_logprobs_chunk_by_chunk_are_the_same(monkeypatch, kept):
+    """Values and gradients, whatever the chunk; no more logits than allowed are there at once."""
+    model = make("gemma2")
+    ids, starts, tokens, mask = packed()
+    hidden, tokens = response_hidden(backbone_of(model), ids, starts, mask).detach(), tokens[mask]
+    kept = torch.stack([tokens, (tokens + 1) % 60, (tokens + 2) % 60], 1) if kept else None
+    made, sizes = [], []
+    original = models.output_logits
+    monkeypatch.setattr(
+        models, "output_logits", lambda m, h: sizes.append(len(h)) or original(m, h)
+    )
+    for most in (2**26, 4 * model.config.vocab_size):
+        monkeypatch.setattr(models, "LOGITS", most)
+        states = hidden.clone().requires_grad_()
+        logprobs, entropies = token_logprobs(model, states, tokens, 0.8, kept, entropy=True)
+        logprobs.square().sum().backward()
+        assert not entropies.requires_grad
+        made.append((logprobs, entropies, states.grad))
+    assert sizes[0] == len(tokens) and max(sizes[1:]) == 4
+    for whole, parts in zip(*made, strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
 # Padding and batch order
+
+
+def logprobs_of(policy, ids, starts, tokens, mask):
+    found = gather_logprobs(response_logits(policy, ids, starts, mask), tokens[mask])
+    return unravel(found, mask)
 
 
 @pytest.mark.parametrize("arch", CONFIGS)
@@ -97,19 +154,18 @@ def test_scores_are_transformers_own_and_values_end_with_them(arch):
 def test_padding_and_batch_order_change_nothing(arch, order):
     """Log-probabilities, values and scores to 2e-5 in float32."""
     policy, critic = make(arch), scalar(arch)
-    ids, starts, tokens, _ = packed()
-    logprobs = gather_logprobs(response_logits(policy, ids, starts, 7), tokens)
-    values, scores = token_values(critic, ids, starts, 7), sequence_scores(critic, ids, starts + 1)
+    ids, starts, tokens, mask = packed()
+    logprobs = logprobs_of(policy, ids, starts, tokens, mask)
+    values, scores = token_values(critic, ids, starts, mask), sequence_scores(critic, ids, starts)
 
     some = packed([PROMPTS[i] for i in order], [RESPONSES[i] for i in order], pad=59)
     wide = nn.functional.pad(some[0], (0, 5), value=33)  # padding of another length and id
-    length = some[2].shape[1]
-    again = gather_logprobs(response_logits(policy, wide, some[1], length), some[2])
-    for got, want in ((again, logprobs), (token_values(critic, wide, some[1], length), values)):
+    again = logprobs_of(policy, wide, *some[1:])
+    for got, want in ((again, logprobs), (token_values(critic, wide, some[1], some[3]), values)):
         for row, i in enumerate(order):
             n = len(RESPONSES[i])
             torch.testing.assert_close(got[row, :n], want[i, :n], atol=TOLERANCE, rtol=1e-4)
-    rescored = sequence_scores(critic, wide, some[1] + 1)
+    rescored = sequence_scores(critic, wide, some[1])
     torch.testing.assert_close(rescored, scores[order], atol=TOLERANCE, rtol=1e-4)
 
 
@@ -117,7 +173,7 @@ def test_no_gradient_from_what_is_padding():
     model = make("llama")
     ids, starts, _, mask = packed()
     ids[~(torch.arange(ids.shape[1]) < (starts + mask.sum(1))[:, None])] = 40  # padding alone
-    response_logits(model, ids, starts, mask.shape[1], mask).square().sum().backward()
+    response_logits(model, ids, starts, mask).square().sum().backward()
     rows = model.get_input_embeddings().weight.grad.abs().sum(1)
     assert rows[40] == 0
     assert rows[5] > 0
@@ -188,7 +244,8 @@ def test_scalar_keeps_the_backbone_and_its_head_survives_saving(config, tokenize
 def test_zero_head_values_everything_at_zero(config, tokenizer, tmp_path):
     save_model(load_policy(config, tokenizer), tokenizer, tmp_path)
     critic = load_scalar(config, tokenizer, tmp_path, zero_head=True)
-    values = token_values(critic, *packed()[:2], 7)
+    ids, starts, _, mask = packed()
+    values = token_values(critic, ids, starts, mask)
     assert (values == 0).all()
     values.sum().backward()
     assert critic.score.weight.grad.abs().sum() > 0  # and learns
@@ -232,11 +289,11 @@ def test_bfloat16_weights_give_float32_numbers(config, tokenizer, tmp_path):
     policy = load_policy(config, tokenizer)
     save_model(policy, tokenizer, tmp_path)
     critic = load_scalar(config, tokenizer, tmp_path)
-    ids, starts, tokens, _ = packed()
-    logits = response_logits(policy, ids, starts, 7)
+    ids, starts, tokens, mask = packed()
+    logits = response_logits(policy, ids, starts, mask)
     assert logits.dtype == torch.bfloat16
-    assert gather_logprobs(logits, tokens).dtype == torch.float32
-    assert token_values(critic, ids, starts, 7).dtype == torch.float32
+    assert gather_logprobs(logits, tokens[mask]).dtype == torch.float32
+    assert token_values(critic, ids, starts, mask).dtype == torch.float32
     assert sequence_scores(critic, ids, starts).dtype == torch.float32
 
 
@@ -247,7 +304,7 @@ def test_gradient_checkpointing_changes_no_gradient(config, tokenizer):
         config = copy.deepcopy(config)
         config.gradient_checkpointing = on
         model = load_policy(config, tokenizer).train()
-        response_logits(model, ids, starts, 7, mask).square().mean().backward()
+        response_logits(model, ids, starts, mask).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, again in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, again)
@@ -273,15 +330,15 @@ def test_lora_adapter_off_is_the_base(config, tokenizer):
     base = load_policy(config, tokenizer).eval()
     policy = load_policy(lora(config), tokenizer).eval()
     ids, starts, tokens, mask = packed()
-    want = response_logits(base, ids, starts, 7)
+    want = response_logits(base, ids, starts, mask)
     assert is_lora(policy)
-    torch.testing.assert_close(response_logits(policy, ids, starts, 7), want)  # B starts at zero
+    torch.testing.assert_close(response_logits(policy, ids, starts, mask), want)  # B starts at zero
     disturb(policy)
     reference = Reference(policy)
     assert reference.model is policy  # no second copy in memory
     (found,) = reference.logprobs(ids, starts, tokens, mask, 1.0)
-    torch.testing.assert_close(found[mask], gather_logprobs(want, tokens)[mask])
-    assert (response_logits(policy, ids, starts, 7) - want)[mask].abs().max() > 1e-3
+    torch.testing.assert_close(found[mask], gather_logprobs(want, tokens[mask]))
+    assert (response_logits(policy, ids, starts, mask) - want).abs().max() > 1e-3
     trained = {n for n, p in policy.named_parameters() if p.requires_grad}
     assert trained
     assert all("lora" in name for name in trained)
@@ -315,8 +372,8 @@ def test_reference_is_a_frozen_copy():
     ids, starts, tokens, mask = packed()
     reference = Reference(policy)
     want = reference.logprobs(ids, starts, tokens, mask, 1.0, 0.5)
-    logits = response_logits(policy, ids, starts, 7)
-    torch.testing.assert_close(want[1][mask], gather_logprobs(logits, tokens, 0.5)[mask])
+    logits = response_logits(policy, ids, starts, mask)
+    torch.testing.assert_close(want[1][mask], gather_logprobs(logits, tokens[mask], 0.5))
     assert all((x[~mask] == 0).all() for x in want)
     with torch.no_grad():
         policy.get_input_embeddings().weight.add_(1.0)
@@ -331,17 +388,19 @@ def test_actor_critic_is_its_parts():
     both = ActorCritic(policy, critic, value_shift=-2.0, value_scale=0.5)
     ids, starts, tokens, mask = packed()
     logprobs, values, entropies = both(ids, starts, mask, 0.8)
-    logits = response_logits(policy, ids, starts, 7)
-    torch.testing.assert_close(logprobs[mask], gather_logprobs(logits, tokens, 0.8)[mask])
+    logits = response_logits(policy, ids, starts, mask)
+    torch.testing.assert_close(logprobs[mask], gather_logprobs(logits, tokens[mask], 0.8))
     own = torch.distributions.Categorical(logits=logits / 0.8).entropy()
-    torch.testing.assert_close(entropies[mask], own[mask])
-    assert (logprobs[~mask] == 0).all() and (entropies[~mask] == 0).all()
+    torch.testing.assert_close(entropies[mask], own)
+    assert all((x[~mask] == 0).all() for x in (logprobs, values, entropies))
     assert not entropies.requires_grad
-    kept = logits.topk(5).indices
+    kept = torch.zeros(*mask.shape, 5, dtype=torch.long)
+    kept[mask] = logits.topk(5).indices
     kept[..., 0] = tokens
     over_five = both(ids, starts, mask, 0.8, kept)[0]
-    torch.testing.assert_close(over_five[mask], gather_logprobs(logits, tokens, 0.8, kept)[mask])
-    want = 0.5 * token_values(critic, ids, starts, 7) - 2
+    want = gather_logprobs(logits, tokens[mask], 0.8, kept[mask])
+    torch.testing.assert_close(over_five[mask], want)
+    want = torch.where(mask, 0.5 * token_values(critic, ids, starts, mask) - 2, 0.0)
     assert torch.equal(values, want)
     assert torch.equal(both(ids, starts, mask, parts="values"), want)
 

@@ -8,7 +8,7 @@ import torch
 
 from marlhf.config import load_config
 from marlhf.evaluate import distinct, summarise
-from marlhf.models import load_policy, load_scalar, save_model
+from marlhf.models import load_policy, load_scalar, response_tokens, save_model
 from marlhf.ppo import PPOTrainer, TrainingError
 from marlhf.runs import Run
 from marlhf.tasks import get_task
@@ -272,3 +272,34 @@ def test_distinct_counts_different_bigrams():
     assert distinct(["a b a b"], 2) == pytest.approx(2 / 3)
     assert distinct(["a b", "c d"], 2) == 1
     assert distinct(["", "a"], 2) == 0
+
+
+def test_rows_stand_by_length_and_are_cut_to_the_longest(world):
+    trainer = make(world)
+    with torch.no_grad():  # some responses end early
+        trainer.actor.policy.get_input_embeddings().weight[trainer.tokenizer.eos_token_id] *= 4
+    rollout = trainer.rollout(0)
+    lengths = rollout.mask.sum(1)
+    assert lengths.unique().numel() > 1
+    whole = rollout.starts + lengths
+    assert (whole.diff() >= 0).all()
+    index = torch.tensor([0, 2])
+    ids, starts, tokens, mask, kept = rollout.rows(index)
+    assert ids.shape[1] == whole[index].max() and tokens.shape[1] == lengths[index].max()
+    assert torch.equal(rollout.widen(mask.int()).bool(), rollout.mask[index])
+    assert torch.equal(response_tokens(ids, starts, mask.shape[1])[mask], tokens[mask])
+    assert torch.equal(tokens[mask], rollout.tokens[index][rollout.mask[index]])
+    assert kept is None
+
+
+def test_an_update_reads_rows_in_parts_as_it_would_whole(world, monkeypatch):
+    """Scores, reference and weights after a step do not depend on how rows are put together."""
+    made = []
+    for parts in (1, 4):
+        monkeypatch.setattr("marlhf.ppo.PARTS", parts)
+        trainer = make(world)
+        rollout, advantages, _ = step(trainer)
+        made.append((rollout.ref_logprobs, rollout.values, advantages.returns, weights(trainer)))
+    for one, other in zip(made[0][:3], made[1][:3], strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+    assert largest_difference(made[0][3], made[1][3]) < 2e-5

@@ -108,10 +108,12 @@ def test_sampled_logprobs_are_the_learners(arch, temperature, top_k):
     model = make(arch)
     sample, ids, mask = run(model, temperature=temperature, top_k=top_k)
     packed, starts = pack(ids, mask, sample.tokens, sample.mask, 0)
-    logits = response_logits(model, packed, starts, 12)
-    for kept, got in ((sample.kept, sample.logprobs), (None, sample.full_logprobs)):
-        want = gather_logprobs(logits, sample.tokens, temperature, kept)
-        torch.testing.assert_close(got[sample.mask], want[sample.mask], atol=TOLERANCE, rtol=1e-4)
+    there, tokens = sample.mask, sample.tokens[sample.mask]
+    logits = response_logits(model, packed, starts, there)
+    kept = None if sample.kept is None else sample.kept[there]
+    for over, got in ((kept, sample.logprobs), (None, sample.full_logprobs)):
+        want = gather_logprobs(logits, tokens, temperature, over)
+        torch.testing.assert_close(got[there], want, atol=TOLERANCE, rtol=1e-4)
     if top_k:
         assert (sample.kept == sample.tokens.unsqueeze(-1)).any(-1)[sample.mask].all()
         assert (sample.logprobs > sample.full_logprobs)[sample.mask].all()
