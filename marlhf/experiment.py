@@ -69,6 +69,7 @@ class Experiment:
     name: str
     scale: str
     title: str
+    task: str
     seeds: tuple[int, ...]
     arms: dict[str, str]
     endpoints: dict[str, Any]
@@ -114,7 +115,8 @@ class Experiment:
                 if arm not in labels:
                     raise ConfigError(f"{path}, comparisons: no arm {arm!r}.{nearest(arm, labels)}")
         title, endpoints = tree.get("title", name), tree.get("endpoints", {})
-        return cls(name, scale, title, chains, labels, endpoints, comparisons, configs)
+        task = str(tree["task"])
+        return cls(name, scale, title, task, chains, labels, endpoints, comparisons, configs)
 
     def arm_specs(self) -> dict[tuple[str, int], Spec]:
         """The PPO run of each arm and chain, chain by chain; equal settings give equal hashes."""

@@ -19,6 +19,7 @@ from scipy.stats import norm
 
 from marlhf import claims, runs
 from marlhf.claims import SCORES, number
+from marlhf.config import CONFIGS, read_yaml
 
 HOME = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -188,6 +189,7 @@ def facts(experiment: Any, made: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     says = [claims.verdict_sentence(row) for _, row in compared.iterrows()]
     return {
         "experiment": experiment.name, "title": experiment.title, "scale": experiment.scale,
+        "task": experiment.task,
         "arms": experiment.arms, "chains": len(experiment.seeds), "primary": main,
         "runs": len(manifests), "minutes": round(float(manifests["minutes"].sum()), 1),
         "revisions": sorted(set(manifests["revision"].dropna())),
@@ -199,27 +201,77 @@ def facts(experiment: Any, made: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+# Several experiments
+
+
+def table2(experiments: Mapping[str, Mapping[str, pd.DataFrame]]) -> pd.DataFrame:
+    """Table 2, a row a task: the paper's scores of PPO and MA-PPO (configs/paper.yaml), ours at
+    the end of training, and our difference with its interval. experiments: tables by task."""
+    paper = read_yaml(CONFIGS / "paper.yaml")["table2"]
+    rows = []
+    for task, made in experiments.items():
+        compared = made["comparisons"]
+        found = compared[
+            (compared["endpoint"] == f"final {SCORES['rm_score']}")
+            & (compared["reference"] == "token") & compared["arm"].str.startswith("macro")
+        ]  # fmt: skip
+        cells = arm_table(made["arms"]).set_index("endpoint")
+        for _, row in found.iterrows():
+            theirs = [
+                f"{model}: {number(x['ppo'])} → {number(x['ma_ppo'])}"
+                for model, x in paper.get(task, {}).items()
+            ]
+            ours = cells.loc[row["endpoint"]]
+            rows.append({
+                "task": task, "paper, PPO → MA-PPO": ", ".join(theirs),
+                "PPO": ours[row["reference_label"]],
+                "MA-PPO": f"{ours[row['label']]} ({row['label'].removeprefix('MA-PPO, ')})",
+                "difference": f"{number(row['difference'])} [{number(row['low'])}, "
+                f"{number(row['high'])}]", "chains": row["chains"],
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def finished_experiments(scale: str) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """Folder and summary of each experiment whose results are whole, by name."""
+    found = {}
+    for path in sorted((results_root() / scale).glob("*/summary.json")):
+        found[path.parent.name] = path.parent, json.loads(path.read_text())
+    return found
+
+
 # README
 
 
-def readme_block(folder: Path) -> str:
-    """The computed part of the README: figure, table of arms, verdicts on the primary endpoint and
-    on the last threshold, gates; from the files of `folder` alone."""
-    summary = json.loads((folder / "summary.json").read_text())
-    made, main = read_tables(folder), summary["primary"]
-    compared = made["comparisons"]
-    shown = compared[(compared["endpoint"] == main) | (compared["unit"] == "updates")]
+def readme_block(scale: str = "tiny") -> str:
+    """The computed part of the README, from the files under results/ alone: figure and table of
+    TL;DR, Table 2, and for each experiment the verdicts on its primary endpoint and its gates."""
+    found = finished_experiments(scale)
+    folder, summary = found["fig02_tldr"]
     place = folder.relative_to(results_root().parent).as_posix()
     lines = [
         f"![{summary['pictures']['fig02_updates.png']}]({place}/fig02_updates.png)", "",
         f"{summary['title']}: {summary['chains']} chains at `SCALE={summary['scale']}`, mean ± "
-        f"half of the 95% interval over chains. {summary['runs']} runs, "
-        f"{summary['minutes']:.0f} minutes of one thread.", "",
-        markdown(arm_table(made["arms"])), "", f"Primary endpoint: {main}.", "",
+        f"half of the 95% interval over chains.", "",
+        markdown(arm_table(read_tables(folder)["arms"])),
     ]  # fmt: skip
-    lines += [f"- {claims.verdict_sentence(row)}" for _, row in shown.iterrows()]
-    if "gates" in made:
-        lines += ["", claims.gate_sentence(made["gates"])]
+    made = {summary["task"]: read_tables(path) for path, summary in found.values()}
+    rows = table2({task: tables for task, tables in made.items() if "arms" in tables})
+    lines += ["", "Table 2, score of the reward model at the end (ours in spreads of the SFT "
+              "model's score):", "", markdown(rows)]  # fmt: skip
+    for path, summary in found.values():
+        tables, main = made[summary["task"]], summary["primary"]
+        compared = tables["comparisons"]
+        shown = compared[(compared["endpoint"] == main) | (compared["unit"] == "updates")]
+        place = path.relative_to(results_root().parent).as_posix()
+        lines += [
+            "",
+            f"**[{summary['title']}]({place}/)**, primary endpoint: {main}. "
+            f"{summary['runs']} runs, {summary['minutes']:.0f} minutes of one thread.",
+        ]
+        if "gates" in tables:
+            lines[-1] += " " + claims.gate_sentence(tables["gates"])
+        lines += ["", *(f"- {claims.verdict_sentence(row)}" for _, row in shown.iterrows())]
     return "\n".join(lines)
 
 
@@ -243,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         return
     path = HOME / "README.md"
-    block = readme_block(results_root() / "tiny" / "fig02_tldr")
+    block = readme_block(options.scale)
     runs.atomic_write(path, fill(path.read_text(encoding="utf-8"), block))
     print("README.md: results block written")
 

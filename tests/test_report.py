@@ -27,7 +27,7 @@ def folder(made, tmp_path, monkeypatch):
     report.write_tables(folder, made)
     figures.curves(made["evals"]).save(folder / "fig02_updates.png")
     experiment = SimpleNamespace(
-        name="fig02_tldr", title="a title", scale="tiny", seeds=(0, 1, 2),
+        name="fig02_tldr", title="a title", scale="tiny", task="tldr", seeds=(0, 1, 2),
         arms=figures.arms(made["evals"]), endpoints=SETTINGS,
     )  # fmt: skip
     report.finish(folder, report.facts(experiment, made))
@@ -97,11 +97,22 @@ def test_the_summary_comes_last(made, folder):
     assert not (folder / "summary.json").exists()
 
 
+def test_table_2_sets_ours_beside_the_papers(made):
+    table = report.table2({"tldr": made, "unheard": made})
+    assert list(table["task"]) == ["tldr", "unheard"]
+    assert table["paper, PPO → MA-PPO"][0] == "Gemma-2B: 0.84 → 1.41, Gemma-7B: 1.9 → 2.47"
+    assert table["paper, PPO → MA-PPO"][1] == ""
+    row = made["comparisons"].query("endpoint == 'final RM score' and arm == 'macro5'").iloc[0]
+    assert table["difference"][0].startswith(report.number(row["difference"]) + " [")
+    assert table["MA-PPO"][0].endswith("(n = 5)")
+
+
 def test_the_readme_block_is_computed(folder):
-    block = report.readme_block(folder)
+    block = report.readme_block()
     assert "results/tiny/fig02_tldr/fig02_updates.png" in block
     assert "MA-PPO, n = 5" in block
-    assert "Primary endpoint: mean RM score over training" in block
+    assert "primary endpoint: mean RM score over training" in block
+    assert "| tldr | Gemma-2B: 0.84 → 1.41" in block
     text = f"# x\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     filled = report.fill(text, block)
     assert "old" not in filled
