@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlhf import processes
 from marlhf.config import KEYS, Config, ConfigError, Key, load_config, presets, to_dict
 
 if TYPE_CHECKING:
@@ -242,7 +243,8 @@ def _stage(args: argparse.Namespace) -> None:
 
     ready = {key: getattr(args, key, None) for key in ("sft", "rm")}
     spec = stage_spec(args.command, config, **ready)
-    return _print_run(execute([spec], 0, not args.quiet, args.threads)[0])
+    run = execute([spec], 0, not args.quiet, args.threads)[0]
+    return _print_run(run) if processes.main() else None
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -298,11 +300,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("marlhf: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:
+        if getattr(error, "everywhere", False) and not processes.main():
+            return 1  # every process raised it; the first one says it
         ours = type(error).__module__.startswith("marlhf.")
         if args.debug or not (ours or isinstance(error, ValueError)):
             raise
         notes = " ".join(getattr(error, "__notes__", []))
-        print(f"marlhf: {' '.join(str(error).split())} {notes}".rstrip(), file=sys.stderr)
+        who = "marlhf" if processes.main() else f"marlhf (process {processes.rank()})"
+        print(f"{who}: {' '.join(str(error).split())} {notes}".rstrip(), file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
 

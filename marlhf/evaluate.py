@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from marlhf import processes
 from marlhf.models import Reference, pack
 from marlhf.sampling import Sample, Sampler, keyed_uniforms
 from marlhf.text import Example, decode, encode_prompt, left_pad
@@ -70,13 +71,15 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, policy) -> list[dict]:
-        """A row a prompt: its id and text, the response, its scores, KL, length, finished."""
+        """A row a prompt: its id and text, the response, its scores, KL, length, finished.
+
+        Each process samples its share; all of them get all rows.
+        """
         sampler = Sampler(policy, self.tokenizer, self.temperature, self.top_k)
-        rows = []
-        for start in range(0, len(self.prompts), self.batch):
-            index = range(start, min(start + self.batch, len(self.prompts)))
-            rows += self._rows(sampler, *self.prompts.batch(index))
-        return rows
+        rows, share = [], processes.deal(range(len(self.prompts)))
+        for start in range(0, len(share), self.batch):
+            rows += self._rows(sampler, *self.prompts.batch(share[start : start + self.batch]))
+        return processes.undeal(processes.gather(rows))
 
     def _rows(self, sampler, examples, ids, mask) -> list[dict]:
         names = [e.id for e in examples]

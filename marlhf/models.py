@@ -191,15 +191,6 @@ def reuse_memory() -> None:
         mallopt(top_pad, 2**28)
 
 
-def disable_dropout(module: nn.Module) -> None:
-    """Every dropout to 0: the learner must see the policy that was sampled from."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        if isinstance(getattr(part, "attention_dropout", None), float):
-            part.attention_dropout = 0.0
-
-
 def is_lora(model) -> bool:
     return hasattr(model, "peft_config")
 

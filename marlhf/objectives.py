@@ -10,6 +10,8 @@ loss of the batch, and so do their gradients. Over processes that average gradie
 global count divided by the number of processes.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -166,11 +168,19 @@ def masked_rms(x: Tensor, mask: Tensor) -> Tensor:
     return masked_mean(_wide(x) ** 2, mask).sqrt()
 
 
-def whiten(advantages: Tensor, mask: Tensor, epsilon: float = 1e-8) -> Tensor:
+def whiten(
+    advantages: Tensor,
+    mask: Tensor,
+    epsilon: float = 1e-8,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
     """(A - mean) / sqrt(variance + epsilon) over the valid tokens of the batch, 0 off the mask.
-    Give it the whole batch: whitening a micro-batch changes what is optimised."""
-    centred = _valid(_wide(advantages) - masked_mean(advantages, mask), mask)
-    return centred * torch.rsqrt(masked_mean(centred**2, mask) + epsilon)
+    Give it the whole batch: whitening a micro-batch changes what is optimised. Where processes
+    share the batch, `total` gives the sum over them of a tensor that each has."""
+    tokens = total(mask.sum()).clamp(min=1)
+    mean = total(_valid(advantages, mask).sum()) / tokens
+    centred = _valid(_wide(advantages) - mean, mask)
+    return centred * torch.rsqrt(total((centred**2).sum()) / tokens + epsilon)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from marlhf import processes
 from marlhf.config import CONFIGS, read_yaml
 from marlhf.runs import Run
 from marlhf.stages import Spec, compute, with_parents
@@ -233,10 +234,11 @@ def execute(
     `if __name__ == "__main__":`, since workers import the script.
     """
     order = with_parents(specs)
-    todo = [spec for spec in order if not spec.finished]
-    bar = _Progress(order, todo, progress)
+    found = processes.share({spec.hash for spec in order if spec.finished})
+    todo = [spec for spec in order if spec.hash not in found]
+    bar = _Progress(order, todo, progress and processes.main())
     try:
-        if todo and workers == 0:
+        if todo and (workers == 0 or processes.world() > 1):  # all processes share each run
             _run_here(todo, threads, bar)
         elif todo:
             count = min(workers or workers_available(), len(todo))

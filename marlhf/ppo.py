@@ -8,29 +8,24 @@
 
 Shapes: B responses, T tokens of the longest, M macro actions of the row with most. All randomness
 is keyed by (seed, stream, update, prompt): a resumed run repeats what an unbroken one does.
+Several processes (`marlhf.processes`) share the prompts of an update: what is optimised, whitened
+and logged is that of all of them together, whatever their number.
 """
 
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from marlhf import processes
 from marlhf.config import Config
 from marlhf.evaluate import Evaluator, Prompts, response_texts, summarise
 from marlhf.macro import macro_gae
-from marlhf.models import (
-    ActorCritic,
-    Reference,
-    disable_dropout,
-    load_policy,
-    load_scalar,
-    pack,
-    reuse_memory,
-    save_model,
-)
+from marlhf.models import ActorCritic, pack, reuse_memory, save_model
 from marlhf.objectives import (
     masked_mean,
     policy_loss,
@@ -39,8 +34,9 @@ from marlhf.objectives import (
     value_loss,
     whiten,
 )
-from marlhf.rewards import RewardModel, TrueScore
-from marlhf.rollout import Advantages, Rollout, diagnostics
+from marlhf.rewards import TrueScore
+from marlhf.roles import make_optimizer, make_roles, merged_critic
+from marlhf.rollout import Advantages, Rollout, diagnostics, whole
 from marlhf.runs import Run, TrainingError, keyed_rng
 from marlhf.sampling import Sampler, keyed_uniforms
 from marlhf.segment import check_segments, make_segmenter
@@ -52,6 +48,7 @@ PARTS = 4  # forward passes over a rollout, whose rows stand by length: a tenth 
 # The largest gap that rounding leaves between the sampler's log-probability of a token and the
 # learner's on the first pass; a larger one means that they are not the same policy.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1.0, torch.float16: 0.3}
+MAXIMA = ("gap", "ratio_max")  # what does not add up over micro-batches
 
 
 class PPOTrainer:
@@ -70,47 +67,31 @@ class PPOTrainer:
         run: Run | None = None,
     ):
         from accelerate import Accelerator
-        from transformers import get_scheduler
 
         self.config, self.ppo, self.data, self.run = config, config.ppo, data, run
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False
+        )
         self.device = self.accelerator.device
         self.world = self.accelerator.num_processes
-        seed = config.seed
+        if self.ppo.batch % self.world:
+            raise ValueError(
+                f"ppo.batch={self.ppo.batch} prompts is not a multiple of {self.world} processes"
+            )
         reuse_memory()
         self.tokenizer = load_tokenizer(
             str(sft), config.model.revision, config.model.trust_remote_code
         )
-        policy = load_policy(config.model, self.tokenizer, sft, seed)
         self.task = get_task(config.data.task)
-        self.reward = self._reward(rm)
-        actor = ActorCritic(policy, *self._critic(sft, rm))
-        disable_dropout(actor)
-        actor.to(self.device)
-        self.reference = Reference(actor.policy)
+        roles = make_roles(config, self.tokenizer, sft, rm, self.device)
+        actor, self.reference, self.reward = roles.actor, roles.reference, roles.reward
         self.truth = TrueScore(self.task) if self.task.has_truth(config.data) else None
-        optimizer = torch.optim.AdamW(
-            actor.parameter_groups(self.ppo.lr, self.ppo.critic_lr, self.ppo.weight_decay),
-            fused=True,
-        )
-        steps = self.ppo.updates * self.ppo.passes * self.ppo.minibatches
-        scheduler = get_scheduler(
-            {"constant": "constant_with_warmup"}.get(self.ppo.schedule, self.ppo.schedule),
-            optimizer,
-            num_warmup_steps=self.ppo.warmup * self.ppo.passes * self.ppo.minibatches,
-            num_training_steps=steps,
-        )
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
-            actor, optimizer, scheduler
+            actor, *make_optimizer(actor, self.ppo)
         )
         macro = self.ppo.macro
-        self.segmenter = make_segmenter(
-            macro.termination,
-            n=macro.n,
-            lengths=tuple(macro.lengths),
-            repeats=macro.repeats,
-            reading=macro.reading,
-        )
+        settings = {name: getattr(macro, name) for name in ("n", "lengths", "repeats", "reading")}
+        self.segmenter = make_segmenter(macro.termination, **settings)
         if len(data.ppo) < self.ppo.batch:
             raise ValueError(
                 f"ppo.batch={self.ppo.batch} prompts, but the PPO part of the data has "
@@ -138,23 +119,6 @@ class PPOTrainer:
     def actor(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
 
-    def _reward(self, rm):
-        if self.ppo.reward == "task":
-            return TrueScore(self.task)
-        if rm is None:
-            raise ValueError("ppo.reward=rm needs a reward model: give one, or set ppo.reward=task")
-        return RewardModel.load(rm, self.config, device=self.device)
-
-    def _critic(self, sft, rm) -> tuple:
-        """The critic and the shift and scale of its values (Sec. 4.1: it starts from the RM)."""
-        model, kind, seed = self.config.model, self.ppo.critic_init, self.config.seed
-        if kind != "rm":
-            return (load_scalar(model, self.tokenizer, sft, zero_head=kind == "zero", seed=seed),)
-        if rm is None:
-            raise ValueError("ppo.critic_init=rm needs a reward model: set it to policy or zero")
-        mean, std = self.reward.mean, self.reward.std
-        return load_scalar(model, self.tokenizer, rm, seed=seed), -mean / std, 1.0 / std
-
     # The four steps
 
     def rollout(self, update: int) -> Rollout:
@@ -175,6 +139,7 @@ class PPOTrainer:
         return Rollout(
             update=update,
             examples=examples,
+            places=order.cpu() * self.world + processes.rank(),
             texts=response_texts(sample, self.tokenizer),
             ids=packed,
             starts=starts,
@@ -195,7 +160,7 @@ class PPOTrainer:
             for epoch in {place // count for place in places}
         }
         index = [int(orders[place // count][place % count]) for place in places]
-        return index[self.accelerator.process_index :: self.world]
+        return processes.deal(index)
 
     @torch.no_grad()
     def score(self, rollout: Rollout) -> Rollout:
@@ -206,12 +171,13 @@ class PPOTrainer:
         }
         examples, texts = rollout.examples, rollout.texts
         rollout.rm_scores = np.asarray(self.reward(examples, texts, columns), np.float32)
-        bad = np.flatnonzero(~np.isfinite(rollout.rm_scores))
+        bad, error = np.flatnonzero(~np.isfinite(rollout.rm_scores)), None
         if len(bad):
-            raise TrainingError(
+            error = TrainingError(
                 f"update {rollout.update + 1}: the score of prompt {examples[bad[0]].id!r} is "
                 f"{rollout.rm_scores[bad[0]]}; its response: {texts[bad[0]]!r}"
             )
+        processes.agree(error)
         if self.truth is not None:
             rollout.true_scores = np.asarray(self.truth(examples, texts, columns), np.float32)
         scores = torch.from_numpy(rollout.rm_scores).to(self.device)
@@ -285,19 +251,20 @@ class PPOTrainer:
             ppo.macro.reward_weights,
         )
         if ppo.whiten:
-            advantages = whiten(advantages, mask)
+            advantages = whiten(advantages, mask, total=self.accelerator.reduce)
         return Advantages(segments, rewards, advantages, returns)
 
     def update(self, rollout: Rollout, advantages: Advantages) -> dict[str, float]:
         """Passes over the rollout in minibatches, an optimizer step each. -> what to watch."""
-        rows, stats = len(rollout.tokens), []
+        stats = []
         for number in range(self.ppo.passes):
-            order = torch.arange(rows)
+            # an order of the prompts of all processes, of which each takes those that it has
+            order = torch.arange(self.ppo.batch)
             if self.ppo.minibatches > 1:
                 rng = keyed_rng(self.config.seed, "minibatches", rollout.update, number)
-                order = torch.from_numpy(rng.permutation(rows))
-            for index in order.chunk(self.ppo.minibatches):
-                index = index.sort().values  # by length
+                order = torch.from_numpy(rng.permutation(self.ppo.batch))
+            for places in order.chunk(self.ppo.minibatches):
+                index = torch.isin(rollout.places, places).nonzero().flatten()  # by length
                 stats.append(self._step(rollout, advantages, index, first=not stats))
         rollout.forward = None
         self.done, self._stepped = rollout.update + 1, False
@@ -306,46 +273,66 @@ class PPOTrainer:
     def _step(self, rollout, advantages, index, first: bool) -> dict[str, float]:
         """One optimizer step on the rows `index`, in micro-batches of one gradient."""
         # every micro-batch of every process divides by the tokens of the whole minibatch
-        tokens = self.accelerator.reduce(rollout.mask[index].sum().float(), "sum") / self.world
-        totals: dict[str, torch.Tensor] = {}
-        for micro in index.split(self.ppo.micro_batch or len(index)):
-            loss, stats = self._loss(rollout, advantages, micro, tokens, first)
-            self.accelerator.backward(loss)
-            for name, value in stats.items():
-                totals[name] = totals.get(name, 0.0) + value
-        if not all(math.isfinite(totals[name]) for name in ("policy_loss", "value_loss")):
-            names = ", ".join(rollout.examples[i].id for i in index[:3].tolist())
-            raise TrainingError(
-                f"update {rollout.update + 1}: the loss is not finite (policy "
-                f"{float(totals['policy_loss'])}, value {float(totals['value_loss'])}) on the "
-                f"batch of prompts {names}, ..."
-            )
+        tokens = self.accelerator.reduce(rollout.mask[index].sum().float()) / self.world
+        parts = index.split(self.ppo.micro_batch or max(1, len(index)))
+        rows = []
+        for micro in parts:
+            last = micro is parts[-1]
+            # gradients are summed over processes once, in the last backward pass
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss, row = self._loss(rollout, advantages, micro, tokens, first)
+                self.accelerator.backward(loss)
+            rows.append(row)
+        totals = processes.statistics(rows, MAXIMA)
+        self._check(rollout, totals, index, first)
         norms = [
-            self.accelerator.clip_grad_norm_(module.parameters(), self.ppo.max_grad_norm)
-            for module in (self.actor.policy, self.actor.critic)
+            self.accelerator.clip_grad_norm_(group["params"], self.ppo.max_grad_norm)
+            for group in self.optimizer.param_groups
         ]
         lr = self.scheduler.get_last_lr()[0]
         self._stepped = True
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        return {name: float(value) for name, value in totals.items()} | {
+        return totals | {
             "grad_norm": float(norms[0]),
             "critic_grad_norm": float(norms[1]),
             "lr": lr,
         }
 
+    def _check(self, rollout, totals: dict[str, float], index, first: bool) -> None:
+        """Raises TrainingError, in all processes, where the step must not be taken."""
+        update, gap = rollout.update, totals.pop("gap")
+        dtype = next(self.actor.policy.parameters()).dtype
+        limit = TOLERANCE[dtype]
+        # the ratio of the first pass is 1: what was sampled from is what is optimised
+        if first and gap > limit and update == self.done:
+            raise processes.everywhere(
+                TrainingError,
+                f"update {update + 1}: sampler and learner differ by {gap:.3g} in a token's "
+                f"log-probability ({limit} is rounding in {dtype}): this architecture "
+                "treats its cache, padding or logits in a way that marlhf does not know",
+            )
+        if all(math.isfinite(totals[name]) for name in ("policy_loss", "value_loss")):
+            return
+        names = ", ".join(rollout.examples[i].id for i in index[:3].tolist())
+        raise processes.everywhere(
+            TrainingError,
+            f"update {update + 1}: the loss is not finite (policy {totals['policy_loss']}, value "
+            f"{totals['value_loss']}) on the batch of prompts {names}, ...",
+        )
+
     def _loss(self, rollout, advantages, index, tokens, first: bool) -> tuple[torch.Tensor, dict]:
-        whole = len(index) == len(rollout.tokens) and rollout.forward is not None
-        if whole:
+        mask = rollout.mask[index]
+        if not len(index):  # no row of this minibatch is here: a row that counts for nothing
+            index = torch.zeros(1, dtype=torch.long)
+            mask = torch.zeros_like(rollout.mask[index])
+        if rollout.forward is not None and len(index) == len(rollout.tokens):
             logprobs, values, entropies = rollout.forward
         else:
             logprobs, values, entropies = self._forward(rollout, index)
-        mask, old = rollout.mask[index], rollout.logprobs[index]
-        if first:
-            self._same_policy(rollout.update, logprobs, old, mask)
-        segments, ratio = advantages.segments[index], self.ppo.macro.ratio
-        shares = {"ratio": ratio, "segments": segments, "denominator": tokens}
+        old, segments = rollout.logprobs[index], advantages.segments[index]
+        shares = {"ratio": self.ppo.macro.ratio, "segments": segments, "denominator": tokens}
         policy = policy_loss(
             logprobs, old, advantages.advantages[index], mask, self.ppo.clip, **shares
         )
@@ -363,19 +350,9 @@ class PPOTrainer:
                 "policy_loss": policy.detach(),
                 "value_loss": value.detach(),
                 "entropy": masked_mean(entropies, mask, tokens),
+                "gap": torch.where(mask, logprobs - old, 0.0).abs().amax(),
             }
         return policy + value, stats
-
-    def _same_policy(self, update, logprobs, old, mask) -> None:
-        """The ratio of the first pass is 1: what was sampled from is what is optimised."""
-        gap = float(torch.where(mask, logprobs.detach() - old, 0.0).abs().max())
-        dtype = next(self.actor.policy.parameters()).dtype
-        if gap > TOLERANCE[dtype] and update == self.done:
-            raise TrainingError(
-                f"update {update + 1}: sampler and learner differ by {gap:.3g} in a token's "
-                f"log-probability ({TOLERANCE[dtype]} is rounding in {dtype}): this architecture "
-                "treats its cache, padding or logits in a way that marlhf does not know"
-            )
 
     # The loop
 
@@ -392,7 +369,7 @@ class PPOTrainer:
                 row = self.one_update(self.done)
             except TrainingError as error:
                 where = self._save_failed()
-                raise TrainingError(f"{error}. {where}") from None
+                raise processes.everywhere(TrainingError, f"{error}. {where}") from None
             run.log("metrics", row)
             if self.done % self.config.eval.every == 0 or self.done == self.ppo.updates:
                 self.evaluate()
@@ -414,8 +391,9 @@ class PPOTrainer:
         parts = dict(zip(("rollout", "score", "advantages", "update"), np.diff(clock), strict=True))
         self.seconds += clock[-1] - clock[0]
         count = {"update": self.done, "prompts_seen": self.done * self.ppo.batch}
+        rollout, advantages = whole(rollout, advantages)
         return count | diagnostics(rollout, advantages) | stats | {
-            "tokens_per_second": int(rollout.mask.sum()) * self.world / (clock[-1] - clock[0]),
+            "tokens_per_second": int(rollout.mask.sum()) / (clock[-1] - clock[0]),
             **{f"sec_{name}": float(value) for name, value in parts.items()},
             "seconds": self.seconds,
         }  # fmt: skip
@@ -426,7 +404,7 @@ class PPOTrainer:
         rows = self.evaluator(self.actor.policy)
         summary = {"update": self.done, "seconds": self.seconds, **summarise(rows)}
         summary["sec_eval"] = self._now() - start
-        if self.run is not None and self.accelerator.is_main_process:
+        if self.run is not None:
             self.run.log("evals", summary)
             for row in rows:
                 self.run.log("samples", {"update": self.done, **row})
@@ -435,8 +413,9 @@ class PPOTrainer:
     def save(self, folder: Path) -> None:
         """Everything that training goes on from: weights, optimizer, schedule, counters."""
         self.accelerator.save_state(str(folder), safe_serialization=False)  # keeps tied weights
-        state = {"done": self.done, "seconds": self.seconds}
-        (folder / "trainer.json").write_text(json.dumps(state))
+        if processes.main():
+            state = {"done": self.done, "seconds": self.seconds}
+            (folder / "trainer.json").write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
         self.accelerator.load_state(str(folder))
@@ -463,7 +442,9 @@ def train_ppo(config: Config, data: TaskData, run: Run, sft: Path, rm: Path | No
     trainer.train()
     actor, tokenizer = trainer.actor, trainer.tokenizer
     run.save_model(lambda folder: save_model(actor.policy, tokenizer, folder))
-    run.save_model(lambda folder: save_model(actor.critic, tokenizer, folder), name="critic")
-    evals = run.frame("evals")
-    first, last = evals.iloc[0].to_dict(), evals.iloc[-1].to_dict()
-    run.finish({"before": first, "after": last, "training_seconds": trainer.seconds})
+    critic = merged_critic(actor)
+    run.save_model(lambda folder: save_model(critic, tokenizer, folder), name="critic")
+    evals = run.frame("evals") if processes.main() else None
+    rows = {"before": 0, "after": -1} if processes.main() else {}
+    found = {name: evals.iloc[row].to_dict() for name, row in rows.items()}
+    run.finish({**found, "training_seconds": trainer.seconds})

@@ -62,9 +62,22 @@ class RewardModel:
         # it is only read: no adapters, nothing recomputed
         model = replace(model, lora=LoraConfig(), gradient_checkpointing=False)
         scorer = load_scalar(model, tokenizer, source).to(device).requires_grad_(False)
-        data, scale = config.data, Path(source) / SCALE
-        known = json.loads(scale.read_text()) if scale.is_file() else {}
-        return cls(scorer, tokenizer, data.prompt_tokens, data.response_tokens, **known)
+        data = config.data
+        limits = data.prompt_tokens, data.response_tokens
+        return cls(scorer, tokenizer, *limits, **cls.scale(source))
+
+    @classmethod
+    def around(cls, scorer, source: str | Path, config: Config) -> RewardModel:
+        """A scorer that is there already, with the tokenizer and the scale of `source`."""
+        tokenizer = load_tokenizer(str(source), trust_remote_code=config.model.trust_remote_code)
+        limits = config.data.prompt_tokens, config.data.response_tokens
+        return cls(scorer, tokenizer, *limits, **cls.scale(source))
+
+    @staticmethod
+    def scale(source: str | Path) -> dict[str, float]:
+        """mean and std that `save` wrote; empty in any other folder."""
+        path = Path(source) / SCALE
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def save(self, folder: str | Path) -> None:
         """A folder that transformers loads alone, with the scale in a file of its own."""

@@ -3,12 +3,13 @@
 Shapes: B responses, T tokens of the longest, S tokens of the longest prompt and response together.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from marlhf import processes
 from marlhf.macro import pool
 from marlhf.objectives import explained_variance, kl_k1, masked_rms
 from marlhf.text import Example
@@ -23,6 +24,7 @@ class Rollout:
 
     update: int
     examples: list[Example]
+    places: torch.Tensor  # int64 [B], of the prompts among those of the update, on the host
     texts: list[str]
     ids: torch.Tensor  # int64 [B, S], prompt and response packed, right padded
     starts: torch.Tensor  # int64 [B], where the response begins in ids
@@ -70,6 +72,36 @@ class Advantages:
     rewards: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+
+
+# What `diagnostics` reads of a rollout and of its advantages.
+_WATCHED = ("starts", "mask", "finished", "full_logprobs", "ref_logprobs", "values")
+
+
+def whole(rollout: Rollout, advantages: Advantages) -> tuple[Rollout, Advantages]:
+    """The rollout of all processes, rows in any order, as far as `diagnostics` reads it."""
+    if processes.world() == 1:
+        return rollout, advantages
+    read = {name: getattr(rollout, name) for name in _WATCHED} | vars(advantages)
+    shares = processes.gather({name: value.cpu() for name, value in read.items()})
+    longest = max(share["mask"].shape[1] for share in shares)
+
+    def joined(name):
+        off = -1 if name == "segments" else 0
+        parts = [share[name] for share in shares]
+        if parts[0].ndim == 2:
+            parts = [F.pad(part, (0, longest - part.shape[1]), value=off) for part in parts]
+        return torch.cat(parts)
+
+    found = {name: joined(name) for name in read}
+    scores = processes.gather((rollout.rm_scores, rollout.true_scores))
+    merged = replace(
+        rollout,
+        **{name: found[name] for name in _WATCHED},
+        rm_scores=np.concatenate([rm for rm, _ in scores]),
+        true_scores=None if scores[0][1] is None else np.concatenate([true for _, true in scores]),
+    )
+    return merged, Advantages(**{name: found[name] for name in vars(advantages)})
 
 
 @torch.no_grad()

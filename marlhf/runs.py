@@ -13,6 +13,9 @@ computed twice. Its files:
 Nothing is ever half there: files and folders are written beside their place under a name that
 starts with `.tmp-`, flushed to the disk, and renamed. `resume` cuts the tables back to the last
 checkpoint, so that a killed run ends as if it had not been killed.
+
+Where several processes compute a run (`marlhf.processes`) process 0 alone locks and writes it, on a
+file system that all of them see; the others call the same methods at the same points.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlhf import processes
 from marlhf.identity import (
     device_name,
     git_state,
@@ -71,13 +75,15 @@ def atomic_write(path: str | Path, content: str | bytes, durable: bool = True) -
         _sync(path.parent)
 
 
-def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """`write` fills a temporary folder, which then takes the target's name."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _temporary_folder(target: Path) -> Path:
     temporary = target.parent / f"{TEMPORARY}{target.name}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    write(temporary)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """The folder, once it is on the disk, takes the target's name."""
     for path in temporary.rglob("*"):
         _sync(path)
     _sync(temporary)
@@ -133,6 +139,7 @@ class Run:
     def __init__(self, path: str | Path):
         self.path = Path(path).absolute()
         self._lock: _Lock | None = None
+        self._writes = processes.main()
         self._identity: dict[str, Any] | None = None
         self._config: dict[str, Any] | None = None
         self._before, self._start, self._progress = 0.0, time.monotonic(), -math.inf
@@ -161,6 +168,15 @@ class Run:
 
         `config` is written beside it for people to read; it is not part of the identity.
         """
+        run = cls._open(stage, name, identity, root, config) if processes.main() else None
+        path = processes.share(run and run.path)
+        if run is None:
+            run = cls(path)
+            run._identity, run._config = identity, config or identity["config"]
+        return run
+
+    @classmethod
+    def _open(cls, stage, name, identity, root, config) -> Run:
         digest, folder = run_hash(identity), runs_root(root) / stage
         found = cls.find(stage, digest, root)
         if found and found.finished and not found._leftovers():
@@ -226,6 +242,8 @@ class Run:
 
     def log(self, table: str, row: dict[str, Any]) -> None:
         """Appends a row to <table>.jsonl, in one write."""
+        if not self._writes:
+            return
         line = json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
         with (self.path / f"{table}.jsonl").open("ab", buffering=0) as file:
             file.write(line.encode())
@@ -259,20 +277,23 @@ class Run:
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], keep: int = 1) -> None:
         """`write` fills a folder; once it is whole on the disk, with the tables' lengths, it
-        becomes the checkpoint of that step, and all but the latest `keep` are deleted."""
+        becomes the checkpoint of that step, and all but the latest `keep` are deleted. Every
+        process calls `write`, since each has a part of the state (its random numbers at least)."""
+        # A step saved again gets a new name, so that the old one is whole until the new one is.
+        attempt = 1 + max((a for s, a, _ in self._checkpoints() if s == step), default=0)
+        target = self.path / "checkpoints" / f"{step:08d}.{attempt}"
+        temporary = processes.share(_temporary_folder(target) if self._writes else None)
+        write(temporary)
+        processes.gather(None)  # all have written
+        if not self._writes:
+            return
         tables = self.tables
         for path in tables.values():
             _sync(path)
         lengths = {name: path.stat().st_size for name, path in tables.items()}
         state = {"step": step, "tables": lengths, "seconds": self.seconds}
-
-        def write_all(folder: Path) -> None:
-            write(folder)
-            (folder / "run.json").write_text(json.dumps(state))
-
-        # A step saved again gets a new name, so that the old one is whole until the new one is.
-        attempt = 1 + max((a for s, a, _ in self._checkpoints() if s == step), default=0)
-        _write_folder(self.path / "checkpoints" / f"{step:08d}.{attempt}", write_all)
+        (temporary / "run.json").write_text(json.dumps(state))
+        _put_in_place(temporary, target)
         saved = self._checkpoints()
         for _, _, folder in saved[: max(0, len(saved) - keep)]:
             _remove(folder)
@@ -285,6 +306,12 @@ class Run:
         """Back to the latest checkpoint, or to nothing: tables cut to their lengths of then,
         half-written folders removed. Call it before computing. Raises ValueError if a table is
         shorter than it was."""
+        found = processes.share((self._resume(), self._before) if self._writes else None)
+        latest, self._before = found
+        self._start = time.monotonic()
+        return latest
+
+    def _resume(self) -> tuple[int, Path] | None:
         for parent in (self.path, self.path / "checkpoints"):
             for path in parent.glob(f"{TEMPORARY}*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -301,18 +328,23 @@ class Run:
         gone = [name for name in lengths if name not in self.tables]
         if gone:
             raise ValueError(f"{self.path} lost its tables {', '.join(gone)}: delete it")
-        self._before, self._start = state.get("seconds", 0.0), time.monotonic()
+        self._before = state.get("seconds", 0.0)
         return latest
 
     # Results
 
     def save_model(self, write: Callable[[Path], None], name: str = "model") -> None:
         """`write` fills a folder, which becomes <run>/<name> once it is whole."""
-        _write_folder(self.path / name, write)
+        if self._writes:
+            temporary = _temporary_folder(self.path / name)
+            write(temporary)
+            _put_in_place(temporary, self.path / name)
 
     def progress(self, done: float, total: float) -> None:
         """How far it is, for whoever watches; written at most a few times a second."""
         now = time.monotonic()
+        if not self._writes:
+            return
         if now - self._progress > 0.25 or done >= total:
             self._progress = now
             row = {"done": done, "total": total, "seconds": self.seconds}
@@ -320,7 +352,12 @@ class Run:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes manifest.json, which makes the run a finished one; then removes checkpoints and
-        lets go of the lock."""
+        lets go of the lock. Other processes wait for process 0 here."""
+        if self._writes:
+            self._finish(summary)
+        processes.gather(None)
+
+    def _finish(self, summary: dict[str, Any]) -> None:
         torch = sys.modules.get("torch")
         manifest = {
             "stage": self.path.parent.name,
@@ -331,6 +368,7 @@ class Run:
             "wall_seconds": round(self.seconds, 3),
             "device": device_name(),
             "threads": torch.get_num_threads() if torch else None,
+            **({"processes": processes.world()} if processes.world() > 1 else {}),
             "peak_rss_mib": round(peak_rss_mib(), 1),
             **({"git": self._git} if self._git else {}),
             "versions": self.identity.get("versions"),

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from marlhf import processes
 from marlhf.config import Config, ConfigError, nearest, needs_rm, to_dict
 from marlhf.identity import check_source
 from marlhf.runs import Run, atomic_write, run_hash, runs_root, source_hash, versions
@@ -95,6 +96,15 @@ class Spec:
 
 def _link_model(name: str, run: Run) -> None:
     """A run whose model is a link to a folder, or to the hub's cache."""
+    if processes.main():
+        source = _downloaded(name)
+        link = run.path / "model"
+        link.unlink(missing_ok=True)
+        link.symlink_to(source, target_is_directory=True)
+    run.finish({})
+
+
+def _downloaded(name: str) -> Path:
     source = Path(name)
     if not source.is_dir():
         from huggingface_hub import snapshot_download
@@ -104,10 +114,7 @@ def _link_model(name: str, run: Run) -> None:
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"no folder and no hub model {name!r}: {reason}") from error
-    link = run.path / "model"
-    link.unlink(missing_ok=True)
-    link.symlink_to(source, target_is_directory=True)
-    run.finish({})
+    return source
 
 
 # What a stage reads
@@ -290,7 +297,8 @@ def compute(spec: Spec, threads: int = 1) -> Run:
             except Exception:
                 atomic_write(run.path / "error.txt", traceback.format_exc())
                 raise
-            (run.path / "error.txt").unlink(missing_ok=True)
+            if processes.main():
+                (run.path / "error.txt").unlink(missing_ok=True)
     return run
 
 

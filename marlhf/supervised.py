@@ -26,6 +26,7 @@ from marlhf.models import (
     token_logprobs,
 )
 from marlhf.rewards import RewardModel, TrueScore
+from marlhf.roles import save_adapter
 from marlhf.runs import Run
 from marlhf.sampling import Sampler, keyed_uniforms
 from marlhf.stats import proportion_interval
@@ -262,7 +263,12 @@ def train_rm(config: Config, data: TaskData, run: Run, sft: Path) -> None:
     scores = scorer(prompts, texts, columns)
     true = truth(prompts, texts, columns) if truth else None
     _log_samples(run, prompts, texts, columns, rm_score=scores, true_score=true)
-    run.save_model(scorer.save)
+
+    def write(folder: Path) -> None:
+        scorer.save(folder)
+        save_adapter(objective.model, folder, source)
+
+    run.save_model(write)
     run.finish(
         {
             "pairs": len(pairs),

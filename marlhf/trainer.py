@@ -18,6 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from marlhf import processes
 from marlhf.config import Config, TrainConfig
 from marlhf.models import reuse_memory
 from marlhf.runs import Run, TrainingError, keyed_rng
@@ -101,7 +102,8 @@ class StageTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.batch_rows += inputs.pop("rows")
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._require_finite("loss", loss)
+        if processes.world() == 1:  # of several, all meet it in the norm of the common gradient
+            self._require_finite("loss", loss)
         return loss
 
     def _clip_grad_norm(self, model):
@@ -116,10 +118,11 @@ class StageTrainer(Trainer):
             return
         step = self.state.global_step
         self._save_checkpoint(self.model, None)
-        raise TrainingError(
+        raise processes.everywhere(
+            TrainingError,
             f"{self.stage} step {step + 1}: the {what} is {float(value)} on the batch of rows "
             f"{', '.join(self.batch_rows[:3])}, ... The state after step {step} is kept in "
-            f"{self.run.path}; look at those rows, or lower {self.stage}.lr"
+            f"{self.run.path}; look at those rows, or lower {self.stage}.lr",
         )
 
     def log(self, logs: dict, start_time: float | None = None) -> None:
@@ -163,7 +166,7 @@ def training_arguments(
     Raises ValueError where the batch cannot be divided so.
     """
     gpu = torch.cuda.is_available()
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = processes.world()
     micro = settings.micro_batch or max(1, settings.batch // world)
     if settings.batch % (micro * world):
         raise ValueError(
@@ -194,6 +197,8 @@ def training_arguments(
         disable_tqdm=True,
         report_to="none",
         use_cpu=not gpu,
+        ddp_backend=None if gpu or world == 1 else "gloo",
+        ddp_find_unused_parameters=False,
     )
     if arguments.n_gpu > 1:  # several GPUs are for several processes, not for DataParallel
         arguments._n_gpu = 1

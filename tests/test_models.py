@@ -14,7 +14,6 @@ from marlhf.models import (
     ActorCritic,
     Reference,
     backbone_of,
-    disable_dropout,
     gather_logprobs,
     hidden_at,
     is_lora,
@@ -31,6 +30,7 @@ from marlhf.models import (
     token_values,
     unravel,
 )
+from marlhf.roles import disable_dropout
 from marlhf.text import right_pad, train_tokenizer
 
 
