@@ -1,0 +1,416 @@
+"""The embedded twin of the dialogue task: errands asked for in one or two turns, noisy replies, and
+their hidden truth.
+
+A person asks for six errands of the eight kinds of ERRANDS, each with a value that must be copied.
+In most dialogues the errands come in two turns, and the assistant reports one as done in between,
+which leaves five; else five are asked for in one turn. In some, the last turn corrects a value:
+"not the lamp, the kite". A good reply opens politely, reports each errand that is still owed, with
+its last value, and closes politely.
+
+The hidden scorer (`judge`) reads the text of a reply with a strict grammar:
+
+    score = right + polite - wrong / 4 - repeated - extras - invented - fillers - rude
+            - min(garbled / 4, 3) - unfinished
+
+It makes the preferences, through a Bradley-Terry draw, and is the true score shown beside the
+reward model's everywhere; nothing is ever trained on it directly. A perfect reply gets 7.
+Rows have the columns of Dahoas/full-hh-rlhf, where response is a demonstration; that a text was cut
+off stands in extra["finished"], a boolean each for chosen and rejected.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+from typing import NamedTuple
+
+from marlhf.tasks.shared_twin import join, pattern, pick, pick_other, prefers_first, spoil
+
+PAIRS_PER_PROMPT = 2
+OWED = 5  # errands that a reply must report
+TWO_TURNS = 0.75  # share of the dialogues in which an earlier turn of the assistant reports one
+CORRECTED = 0.6  # share of the dialogues whose last turn corrects a value
+TAKES_STALE = 0.5  # share of the wrong values that are the one corrected, where there is one
+LONGEST = 45  # words of a reply, connectors aside
+
+
+class Errand(NamedTuple):
+    """A kind of errand: its thing as the person names it, and the sentences with that thing."""
+
+    thing: str
+    requests: tuple[str, str]
+    reports: tuple[str, str]
+    values: tuple[str, ...]
+
+
+def _errand(thing: str, requests: str, reports: str, values: str) -> Errand:
+    return Errand(
+        thing, tuple(requests.split("; ")), tuple(reports.split("; ")), tuple(values.split())
+    )
+
+
+ERRANDS = {
+    "book": _errand(
+        "the {x}", "book the {x}; get us the {x}",
+        "i have booked the {x} for you all; the {x} is booked for all of you",
+        "pier gym park zoo farm beach barn hall cabin lake camp port cafe hotel tower arena",
+    ),
+    "call": _errand(
+        "my {x}", "call my {x}; ring my {x}",
+        "i have called your {x} just now; your {x} has been called today",
+        "boss aunt uncle cousin sister brother tutor coach nurse dentist mate pastor mentor tenant "
+        "client driver",
+    ),
+    "pack": _errand(
+        "the {x}", "pack the {x}; wrap the {x}",
+        "i have packed the {x} in a box; the {x} is in a box by now",
+        "lamp bike tent sofa ring drum vase harp coat boat desk kite rug flute scarf sword",
+    ),
+    "pay": _errand(
+        "{x} bucks", "pay {x} bucks; send {x} bucks",
+        "i have paid the sum of {x} bucks; {x} bucks have been paid for you",
+        " ".join(str(price) for price in range(12, 44, 2)),
+    ),
+    "cook": _errand(
+        "the {x}", "cook the {x}; heat the {x}",
+        "i have cooked the {x} for all; the {x} will be hot in no time",
+        "rice soup stew beans eggs pasta fish corn peas ham curry pie bread plums tofu leek",
+    ),
+    "ask": _errand(
+        "{x}", "invite {x}; ask {x} over",
+        "i have asked {x} to come too; {x} said yes to coming over",
+        "mara tom ella omar hugo lena ivan rosa kofi yuki gita erik nina paul vera finn",
+    ),
+    "date": _errand(
+        "{x}", "plan it for {x}; set it for {x}",
+        "it is all planned for {x} now; i have set the date for {x}",
+        "january february march april may june july august september october november december "
+        "spring summer autumn winter",
+    ),
+    "feed": _errand(
+        "the {x}", "feed the {x}; give the {x} food",
+        "i have fed the {x} as well; the {x} has had some food",
+        "cat dog hen duck goat pony fox owl mouse snake frog bird rat lamb calf goose",
+    ),
+}  # fmt: skip
+KINDS = tuple(ERRANDS)
+BEST = float(OWED + 2)
+
+CHAT = (
+    "it rains.", "i like tea.", "i am at work.", "the bus was late.", "i am tired.", "hi there.",
+    "my leg hurts.", "it is late.",
+)  # fmt: skip
+LISTS = ("please {}.", "can you {}?", "i need you to {}.")
+MORE = ("also {}.", "and {}, please.")
+CORRECTIONS = ("no, not {}, {}.", "wait, not {}, {}.")
+ACKS = ("ok, {}.", "yes, {}.")
+OPENERS = ("sure", "of course", "gladly", "with pleasure")
+CLOSERS = ("glad to help", "just ask for more", "have a nice day", "all the best to you")
+INVENTED = (
+    "it is the best in town", "all of them love it", "it won a prize", "the king has one too",
+    "it was on the news",
+)  # fmt: skip
+RUDE = ("do it on your own", "you ask too much", "this is a bore", "stop asking me")
+FILLERS = ("to be honest", "you know", "i guess", "as they say")
+
+
+# ---------------------------------------------------------------- the truth
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a dialogue says, by kind of errand: the value of each one owed, the values that were
+    corrected, and what the assistant has done already."""
+
+    owed: dict[str, str]
+    stale: dict[str, str]
+    done: dict[str, str]
+
+
+@dataclass
+class Verdict:
+    """Counts of what a reply says; `score` weighs them."""
+
+    right: int = 0  # errands owed whose first report has the right value
+    wrong: int = 0  # errands owed whose first report has another one
+    polite: int = 0  # a polite opening, a polite close: at most 2
+    repeated: int = 0  # further reports of an errand, and of what was done already
+    extras: int = 0  # errands that nobody asked for
+    invented: int = 0  # facts that nobody gave
+    fillers: int = 0  # and politeness out of place
+    rude: int = 0
+    garbled: int = 0  # words (or missing joints) that the grammar does not know
+    unfinished: int = 0  # no end token, or no full stop at the end
+
+    @property
+    def score(self) -> float:
+        return (
+            self.right
+            + self.polite
+            - 0.25 * self.wrong
+            - self.repeated
+            - self.extras
+            - self.invented
+            - self.fillers
+            - self.rude
+            - min(0.25 * self.garbled, 3.0)
+            - self.unfinished
+        )
+
+
+_GRAMMAR = [
+    *((f"{kind}_{i}", text) for kind, e in ERRANDS.items() for i, text in enumerate(e.reports)),
+    *((f"invented_{i}", text) for i, text in enumerate(INVENTED)),
+    *((f"rude_{i}", text) for i, text in enumerate(RUDE)),
+    *((f"opener_{i}", text) for i, text in enumerate(OPENERS)),
+    *((f"closer_{i}", text) for i, text in enumerate(CLOSERS)),
+    *((f"filler_{i}", text) for i, text in enumerate(FILLERS)),
+]
+_PARTS = re.compile(
+    "|".join(
+        [
+            *(pattern(text, group) for group, text in _GRAMMAR),
+            r"(?P<joint> and(?![a-z0-9])|[,.])",
+            r"(?P<garbled>\s*[^\s,.]+|\s+)",
+        ]
+    )
+)
+
+
+def judge(facts: Facts, response: str, finished: bool = True) -> Verdict:
+    """Reads any text as the reply to a dialogue; never raises.
+
+    A reply is an opening, reports and a close, with one connector between them and a full stop at
+    the end. The first report of an errand counts, each further one is a repetition, so hedging does
+    not pay.
+    """
+    verdict, seen, joint, closed = Verdict(), set(facts.done), "start", False
+    for match in _PARTS.finditer(response):
+        kind = match.lastgroup.partition("_")[0]
+        if kind == "garbled":
+            verdict.garbled += 1
+            joint = ""
+            continue
+        if kind == "joint":
+            verdict.garbled += joint != ""  # a joint after a joint, or at the start
+            joint = match[0]
+            continue
+        verdict.garbled += joint == ""  # no joint between two clauses
+        verdict.fillers += closed  # a close that was none
+        closed = kind == "closer"
+        if kind == "opener" and match.start() == 0:
+            verdict.polite += 1
+        elif kind in ("opener", "filler"):
+            verdict.fillers += 1
+        elif kind == "invented":
+            verdict.invented += 1
+        elif kind == "rude":
+            verdict.rude += 1
+        elif not closed:
+            _report(verdict, facts, seen, kind, match)
+        joint = "filler" if kind == "filler" else ""
+    verdict.polite += closed
+    verdict.unfinished = int(not finished or joint != "." or not response.endswith("."))
+    return verdict
+
+
+def _report(verdict: Verdict, facts: Facts, seen: set[str], kind: str, match: re.Match) -> None:
+    value = match[match.re.groupindex[match.lastgroup] + 1]  # its group follows the clause's own
+    if kind in seen:
+        verdict.repeated += 1
+    elif kind not in facts.owed:
+        verdict.extras += 1
+    elif facts.owed[kind] == value:
+        verdict.right += 1
+    else:
+        verdict.wrong += 1
+    seen.add(kind)
+
+
+def _closed(text: str, kind: str, group: str) -> str:
+    """A sentence of the dialogue as a regular expression: only a kind's own values."""
+    before, after = map(re.escape, text.split("{x}"))
+    return rf"\b{before}(?P<{group}>{'|'.join(ERRANDS[kind].values)}){after}\b"
+
+
+def _reader(sentences) -> re.Pattern:
+    return re.compile(
+        "|".join(
+            _closed(text, kind, f"{kind}_{i}")
+            for kind in KINDS
+            for i, text in enumerate(sentences(ERRANDS[kind]))
+        )
+    )
+
+
+_REQUEST = _reader(lambda errand: errand.requests)
+_DONE = _reader(lambda errand: errand.reports)
+_CORRECTION = re.compile(
+    "|".join(
+        f"not {_closed(errand.thing, kind, f'{kind}_old')}, "
+        + _closed(errand.thing, kind, f"{kind}_new")
+        for kind, errand in ERRANDS.items()
+    )
+)
+_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+
+
+def _found(reader: re.Pattern, text: str) -> list[tuple[str, str]]:
+    return [(m.lastgroup.partition("_")[0], m[m.lastgroup]) for m in reader.finditer(text)]
+
+
+@lru_cache(maxsize=65536)
+def read_dialogue(prompt: str) -> Facts | None:
+    """The facts of a generated dialogue, read back from its text; None for any other text."""
+    asked, stale, done = {}, {}, {}
+    _, *parts = _TURN.split(prompt)
+    for who, text in zip(parts[::2], parts[1::2], strict=True):
+        if who == "Assistant":
+            done |= _found(_DONE, text)
+            continue
+        asked |= _found(_REQUEST, text)
+        for kind, new in _found(_CORRECTION, text):
+            stale[kind], asked[kind] = asked.get(kind, ""), new
+    owed = {kind: value for kind, value in asked.items() if kind not in done}
+    return Facts(owed, stale, done) if len(owed) == OWED and prompt.endswith(":") else None
+
+
+# ---------------------------------------------------------------- dialogues and replies
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How a writer errs: chances an errand (drop, wrong), a clause (filler) or a reply (the rest).
+
+    `bare` leaves out the opening, and the close; `extra` reports an errand nobody asked for,
+    `again` one that was reported; `mangle` spoils a word, `cut` breaks off, `shuffle` orders the
+    reports at random.
+    """
+
+    drop: float = 0.0
+    wrong: float = 0.0
+    filler: float = 0.0
+    bare: float = 0.0
+    extra: float = 0.0
+    again: float = 0.0
+    invent: float = 0.0
+    rude: float = 0.0
+    mangle: float = 0.0
+    cut: float = 0.0
+    shuffle: float = 0.0
+
+
+DEMONSTRATOR = Noise(0.15, 0.06, 0.12, 0.35, 0.3, 0.25, 0.3, 0.15, 0.0, 0.0, 0.2)
+# Those whose replies are compared, and how often each is asked: people, language models more and
+# less trained, and policies that game a reward model.
+WRITERS = {
+    "people": (3, DEMONSTRATOR),
+    "careful": (3, Noise(0.06, 0.05, 0.04, 0.15, 0.1, 0.1, 0.1, 0.05, 0.0, 0.0, 0.2)),
+    "trained": (3, Noise(0.15, 0.15, 0.12, 0.35, 0.3, 0.3, 0.3, 0.15, 0.1, 0.05, 0.3)),
+    "early": (3, Noise(0.25, 0.3, 0.2, 0.5, 0.5, 0.5, 0.4, 0.3, 0.3, 0.1, 0.3)),
+    "repeats": (1, Noise(0.15, 0.1, 0.1, 0.3, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1, 0.3)),
+    "drops": (2, Noise(0.45, 0.05, 0.05, 0.3, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0, 0.2)),
+    "eager": (1, Noise(0.05, 0.1, 0.1, 0.1, 0.9, 0.2, 0.5, 0.0, 0.0, 0.1, 0.2)),
+    "chatty": (1, Noise(0.1, 0.1, 0.35, 0.2, 0.2, 0.2, 0.8, 0.1, 0.0, 0.1, 0.2)),
+    "curt": (1, Noise(0.15, 0.1, 0.05, 0.9, 0.1, 0.1, 0.1, 0.6, 0.0, 0.0, 0.2)),
+    "unfinished": (1, Noise(0.15, 0.1, 0.1, 0.3, 0.2, 0.2, 0.2, 0.1, 0.1, 0.8, 0.2)),
+}
+_ASKED = tuple(name for name, (times, _) in WRITERS.items() for _ in range(times))
+
+
+def _listed(rng: Random, values: dict[str, str], kinds) -> str:
+    texts = [pick(rng, ERRANDS[kind].requests).format(x=values[kind]) for kind in kinds]
+    return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+
+
+def write_dialogue(rng: Random) -> tuple[str, Facts]:
+    """A prompt of one or two turns of the person, and what it says."""
+    values = {kind: pick(rng, ERRANDS[kind].values) for kind in KINDS}
+    stale: dict[str, str] = {}
+    two = rng.random() < TWO_TURNS
+    chat = " ".join(rng.sample(CHAT, 2 if two else 4))
+    kinds = rng.sample(KINDS, OWED + two)
+    first = kinds[: 3 + int(rng.random() * 2)] if two else kinds
+    done = [pick(rng, first)] if two else []
+    asked = dict(values)
+    if rng.random() < CORRECTED:
+        kind = pick(rng, [kind for kind in first if kind not in done])
+        stale[kind] = asked[kind] = pick_other(rng, ERRANDS[kind].values, values[kind])
+    text = f"\n\nHuman: {chat} {pick(rng, LISTS).format(_listed(rng, asked, first))}"
+    if two:
+        report = pick(rng, ERRANDS[done[0]].reports).format(x=values[done[0]])
+        text += f"\n\nAssistant: {pick(rng, ACKS).format(report)}\n\nHuman:"
+    for kind, old in stale.items():
+        things = [ERRANDS[kind].thing.format(x=value) for value in (old, values[kind])]
+        text += " " + pick(rng, CORRECTIONS).format(*things)
+    if two:
+        text += " " + pick(rng, MORE).format(_listed(rng, values, kinds[len(first) :]))
+    owed = {kind: values[kind] for kind in kinds if kind not in done}
+    facts = Facts(owed, stale, {kind: values[kind] for kind in done})
+    return text + "\n\nAssistant:", facts
+
+
+def write_reply(rng: Random, facts: Facts, noise: Noise) -> tuple[str, bool]:
+    """A reply as a writer with that noise gives it; and if it ends."""
+    chance = rng.random
+    said = []
+    for kind in KINDS:
+        if kind not in facts.owed or chance() < noise.drop:
+            continue
+        value = facts.owed[kind]
+        if chance() < noise.wrong:
+            stale = facts.stale.get(kind) if chance() < TAKES_STALE else None
+            value = stale or pick_other(rng, ERRANDS[kind].values, value)
+        said.append((kind, value))
+    said = said or list(facts.owed.items())[:1]
+    if chance() < noise.extra:
+        kind = pick(rng, [k for k in KINDS if k not in facts.owed and k not in facts.done])
+        said.append((kind, pick(rng, ERRANDS[kind].values)))
+        said.sort(key=lambda report: KINDS.index(report[0]))
+    if chance() < noise.shuffle:
+        rng.shuffle(said)
+    if chance() < noise.again:
+        again = pick(rng, [*said, *facts.done.items()])
+        said.insert(int(chance() * len(said)) + 1, again)
+    clauses = [pick(rng, ERRANDS[kind].reports).format(x=value) for kind, value in said]
+    for rate, texts in ((noise.invent, INVENTED), (noise.rude, RUDE)):
+        if chance() < rate:
+            clauses.insert(int(chance() * len(clauses)) + 1, pick(rng, texts))
+    clauses = [f"{pick(rng, FILLERS)} {c}" if chance() < noise.filler else c for c in clauses]
+    while sum(clause.count(" ") + 1 for clause in clauses) > LONGEST:
+        clauses.pop(int(chance() * len(clauses)))
+    text = join(rng, clauses)
+    if chance() >= noise.bare:
+        text = f" {pick(rng, OPENERS)}," + text
+    if chance() >= noise.bare:
+        text += f" {pick(rng, CLOSERS)}."
+    return spoil(rng, text, noise.mangle, noise.cut)
+
+
+# ---------------------------------------------------------------- rows
+
+
+def rows(size: int, seed: int) -> list[dict]:
+    """Rows of `size` prompts, PAIRS_PER_PROMPT comparisons each; the demonstration in every one.
+
+    Row by row a function of (seed, prompt number) only, so that a larger set begins with a smaller.
+    """
+    found = []
+    for number in range(size):
+        rng = Random(f"{seed}:{number}")
+        prompt, facts = write_dialogue(rng)
+        shown = {"prompt": prompt, "response": write_reply(rng, facts, DEMONSTRATOR)[0]}
+        found += [{**shown, **_comparison(rng, facts)} for _ in range(PAIRS_PER_PROMPT)]
+    return found
+
+
+def _comparison(rng: Random, facts: Facts) -> dict:
+    """Two writers' replies, the preferred one first."""
+    noises = [WRITERS[pick(rng, _ASKED)][1] for _ in range(2)]
+    texts = [write_reply(rng, facts, noise) for noise in noises]
+    one, two = (judge(facts, text, finished).score for text, finished in texts)
+    chosen, rejected = texts if prefers_first(rng, one, two) else texts[::-1]
+    finished = [chosen[1], rejected[1]]
+    return {"chosen": chosen[0], "rejected": rejected[0], "extra": {"finished": finished}}
