@@ -170,6 +170,23 @@ def test_a_hub_row_that_is_no_dialogue_is_dropped():
         assert task.read(Row("row", bad, strict=False)) == "not a dialogue"
 
 
+def test_the_hubs_whole_dialogues(monkeypatch):
+    """Anthropic/hh-rlhf: its own test split is held out, and no row of it is fatal."""
+    import datasets
+
+    bad = [whole(50, chosen="yes"), whole(51, chosen=""), whole(52, rejected=turns(9) + " no")]
+    tables = {"train": [whole(i) for i in range(20)] + bad, "test": map(whole, range(20, 26))}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: tables)
+    data = load("Anthropic/hh-rlhf", valid=4)
+    assert len(data.rm) == 8 and len(data.valid_pairs) == 4
+    assert all(int(e.prompt.text.split()[2].strip("?")) >= 20 for e in data.valid)
+    assert data.dropped == {
+        "not a dialogue": 1,
+        "empty text": 1,
+        "chosen and rejected have different prompts": 1,
+    }
+
+
 # ---------------------------------------------------------------- prompts of several turns
 
 
@@ -401,8 +418,8 @@ def test_truth_is_the_twins_alone(tmp_path):
 def test_real_dialogues(tmp_path):
     path = SHARED / "hh/helpful_base_2339.jsonl"
     data = load(path)
-    assert (len(data.sft), len(data.rm), len(data.ppo)) == (421, 842, 842)
-    assert len(data.valid) == len(data.valid_pairs) == 234 and data.dropped == {}
+    assert (len(data.sft), len(data.rm), len(data.ppo)) == (421, 843, 842)
+    assert len(data.valid) == len(data.valid_pairs) == 233 and data.dropped == {}
     assert all(row.prompt.suffix == "\n\nAssistant:" for row in data.sft + data.rm + data.ppo)
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     dialogues = [{c: r["prompt"] + r[c] for c in ("chosen", "rejected")} for r in rows]
