@@ -262,6 +262,25 @@ def test_true_score_of_a_reply(text, expected):
     assert score(text) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("sentence", "count"),
+    [
+        ("i have packed the kite in a box", "repeated"),
+        ("i have called your aunt just now", "repeated"),  # in the earlier turn
+        ("i have fed the cat as well", "extras"),
+        ("it won a prize", "invented"),
+        ("stop asking me", "rude"),
+        ("gladly", "fillers"),
+        ("blah", "garbled"),
+    ],
+)
+def test_each_error_is_counted_once(sentence, count):
+    good = twin.judge(FACTS, PERFECT)
+    assert good == twin.Verdict(right=5, polite=2)
+    verdict = twin.judge(FACTS, PERFECT.replace(CLOSE, f" {sentence}.{CLOSE}"))
+    assert verdict == twin.Verdict(right=5, polite=2, **{count: 1})
+
+
 def test_unfinished_costs_a_point():
     assert score(PERFECT, finished=False) == 6
 
