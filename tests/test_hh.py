@@ -30,14 +30,14 @@ real = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
 task = get_task("hh")
 
 PROMPT = (
-    "\n\nHuman: i am tired. please pack the lamp, ring my aunt and pay 20 bucks."
-    "\n\nAssistant: ok, i have called your aunt just now."
-    "\n\nHuman: no, not the lamp, the kite. also cook the rice, ask tom over and plan it for june."
+    "\n\nHuman: i am tired. please pack the lamp, call the nurse and pay 20 bucks."
+    "\n\nAssistant: ok, i did call the nurse just now."
+    "\n\nHuman: no, pack the kite, not the lamp. also cook the rice, invite tom and plan for june."
     "\n\nAssistant:"
 )
 PERFECT = (
-    " sure, the kite is in a box by now and i have paid the sum of 20 bucks, the rice will be hot "
-    "in no time. tom said yes to coming over and it is all planned for june now. glad to help."
+    " sure, i did pack the kite in a box and i did pay 20 bucks by card, i did cook the rice as "
+    "you like. i will invite tom in a note and i did plan for june as you said. glad to help."
 )
 FACTS = twin.read_dialogue(PROMPT)
 
@@ -214,9 +214,9 @@ def score(text, finished=True, facts=FACTS):
 
 def test_a_dialogue_is_read_back():
     assert FACTS.owed == {
-        "pack": "kite", "pay": "20", "cook": "rice", "ask": "tom", "date": "june",
+        "pack": "kite", "pay": "20", "cook": "rice", "invite": "tom", "plan": "june",
     }  # fmt: skip
-    assert FACTS.stale == {"pack": "lamp"} and FACTS.done == {"call": "aunt"}
+    assert FACTS.stale == {"pack": "lamp"} and FACTS.done == {"call": "nurse"}
     assert twin.read_dialogue(turns(0)) is None
     assert twin.read_dialogue(PROMPT.removesuffix("\n\nAssistant:")) is None
 
@@ -228,25 +228,26 @@ CLOSE = " glad to help."
     ("text", "expected"),
     [
         (PERFECT, 7),
-        (PERFECT.replace("time. tom", "time, tom"), 7),
+        (PERFECT.replace("like. i", "like, i"), 7),
         (PERFECT.replace("kite", "lamp"), 5.75),  # the correction was not heeded
         (PERFECT.replace("kite", "sofa"), 5.75),
-        (PERFECT.replace("the rice will be hot in no time. ", ""), 6),  # one errand less
+        (PERFECT.replace(" i did cook the rice as you like.", ""), 6),  # one errand less
         (PERFECT.replace(" sure,", ""), 6),  # no opening
         (PERFECT.replace(CLOSE, ""), 6),  # no close
         (PERFECT.replace(" sure,", " sure, gladly,"), 6),  # one opening is enough
         (PERFECT.replace(CLOSE, CLOSE + CLOSE), 6),  # and one close
         (PERFECT.replace(" sure,", " glad to help, sure,"), 4),  # both out of place
-        (PERFECT.replace(CLOSE, " i have packed the kite in a box." + CLOSE), 6),  # said twice
-        (PERFECT.replace(CLOSE, " i have packed the lamp in a box." + CLOSE), 6),  # hedged
-        (PERFECT.replace(CLOSE, " i have called your aunt just now." + CLOSE), 6),  # done before
-        (PERFECT.replace(CLOSE, " i have fed the cat as well." + CLOSE), 6),  # nobody asked
+        (PERFECT.replace(CLOSE, " i will pack the kite with care." + CLOSE), 6),  # said twice
+        (PERFECT.replace(CLOSE, " i did pack the lamp in a box." + CLOSE), 6),  # hedged
+        (PERFECT.replace(CLOSE, " i will call the nurse once more." + CLOSE), 6),  # done before
+        (PERFECT.replace(CLOSE, " i did feed the cat this week." + CLOSE), 6),  # nobody asked
+        (PERFECT.replace(CLOSE, " i can sell you a car." + CLOSE), 6),  # an offer
         (PERFECT.replace(CLOSE, " it won a prize." + CLOSE), 6),  # invented
         (PERFECT.replace(CLOSE, " stop asking me." + CLOSE), 6),  # rude
-        (PERFECT.replace("time. tom", "time. you know tom"), 6),  # a filler
-        (PERFECT.replace("time. tom", "time tom"), 6.75),  # no joint
-        (PERFECT.replace("time. tom", "time.. tom"), 6.75),
-        (PERFECT.replace(" june", " ju ne"), 6 - 8 / 4),  # eight loose words
+        (PERFECT.replace("like. i", "like. you know i"), 6),  # a filler
+        (PERFECT.replace("like. i", "like i"), 6.75),  # no joint
+        (PERFECT.replace("like. i", "like.. i"), 6.75),
+        (PERFECT.replace(" june", " ju ne"), 6 - 9 / 4),  # nine loose words
         (PERFECT[:-1], 6),  # no full stop
         (PERFECT + " ", 5.75),
         (PERFECT.upper(), -3),
@@ -265,9 +266,10 @@ def test_true_score_of_a_reply(text, expected):
 @pytest.mark.parametrize(
     ("sentence", "count"),
     [
-        ("i have packed the kite in a box", "repeated"),
-        ("i have called your aunt just now", "repeated"),  # in the earlier turn
-        ("i have fed the cat as well", "extras"),
+        ("i will pack the kite with care", "repeated"),
+        ("i will call the nurse once more", "repeated"),  # in the earlier turn
+        ("i did feed the cat this week", "extras"),
+        ("i can sell you a car", "extras"),
         ("it won a prize", "invented"),
         ("stop asking me", "rude"),
         ("gladly", "fillers"),
@@ -306,7 +308,7 @@ def test_the_scorer_reads_any_text(text, finished):
 
 
 def test_garbage_is_read_in_linear_time():
-    assert score(" a" * 50_000) == score(" i have" * 30_000) == -4
+    assert score(" a" * 50_000) == score(" i did pack" * 30_000) == -4
 
 
 # ---------------------------------------------------------------- the twin's rows

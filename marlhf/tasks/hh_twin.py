@@ -21,6 +21,7 @@ off stands in extra["finished"], a boolean each for chosen and rejected.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
@@ -32,66 +33,65 @@ PAIRS_PER_PROMPT = 2
 OWED = 5  # errands that a reply must report
 TWO_TURNS = 0.75  # share of the dialogues in which an earlier turn of the assistant reports one
 CORRECTED = 0.6  # share of the dialogues whose last turn corrects a value
+SHUFFLED = 0.2  # share of the replies whose reports come in any order
 TAKES_STALE = 0.5  # share of the wrong values that are the one corrected, where there is one
 LONGEST = 45  # words of a reply, connectors aside
 
 
 class Errand(NamedTuple):
-    """A kind of errand: its thing as the person names it, and the sentences with that thing."""
+    """A kind of errand: how it is asked for, its thing alone, the sentences that report it."""
 
+    request: str
     thing: str
-    requests: tuple[str, str]
     reports: tuple[str, str]
     values: tuple[str, ...]
 
 
-def _errand(thing: str, requests: str, reports: str, values: str) -> Errand:
-    return Errand(
-        thing, tuple(requests.split("; ")), tuple(reports.split("; ")), tuple(values.split())
-    )
+def _errand(request: str, thing: str, reports: str, values: str) -> Errand:
+    return Errand(request, thing, tuple(reports.split("; ")), tuple(values.split()))
 
 
 ERRANDS = {
     "book": _errand(
-        "the {x}", "book the {x}; get us the {x}",
-        "i have booked the {x} for you all; the {x} is booked for all of you",
+        "book the {x}", "the {x}",
+        "i did book the {x} for you all; i will book the {x} at noon",
         "pier gym park zoo farm beach barn hall cabin lake camp port cafe hotel tower arena",
     ),
     "call": _errand(
-        "my {x}", "call my {x}; ring my {x}",
-        "i have called your {x} just now; your {x} has been called today",
+        "call the {x}", "the {x}",
+        "i did call the {x} just now; i will call the {x} once more",
         "boss aunt uncle cousin sister brother tutor coach nurse dentist mate pastor mentor tenant "
         "client driver",
     ),
     "pack": _errand(
-        "the {x}", "pack the {x}; wrap the {x}",
-        "i have packed the {x} in a box; the {x} is in a box by now",
+        "pack the {x}", "the {x}",
+        "i did pack the {x} in a box; i will pack the {x} with care",
         "lamp bike tent sofa ring drum vase harp coat boat desk kite rug flute scarf sword",
     ),
     "pay": _errand(
-        "{x} bucks", "pay {x} bucks; send {x} bucks",
-        "i have paid the sum of {x} bucks; {x} bucks have been paid for you",
+        "pay {x} bucks", "{x} bucks",
+        "i did pay {x} bucks by card; i will pay {x} bucks in cash",
         " ".join(str(price) for price in range(12, 44, 2)),
     ),
     "cook": _errand(
-        "the {x}", "cook the {x}; heat the {x}",
-        "i have cooked the {x} for all; the {x} will be hot in no time",
+        "cook the {x}", "the {x}",
+        "i did cook the {x} as you like; i will cook the {x} on time",
         "rice soup stew beans eggs pasta fish corn peas ham curry pie bread plums tofu leek",
     ),
-    "ask": _errand(
-        "{x}", "invite {x}; ask {x} over",
-        "i have asked {x} to come too; {x} said yes to coming over",
+    "invite": _errand(
+        "invite {x}", "{x}",
+        "i did invite {x} to the house; i will invite {x} in a note",
         "mara tom ella omar hugo lena ivan rosa kofi yuki gita erik nina paul vera finn",
     ),
-    "date": _errand(
-        "{x}", "plan it for {x}; set it for {x}",
-        "it is all planned for {x} now; i have set the date for {x}",
+    "plan": _errand(
+        "plan for {x}", "{x}",
+        "i did plan for {x} as you said; i will plan for {x} on a map",
         "january february march april may june july august september october november december "
         "spring summer autumn winter",
     ),
     "feed": _errand(
-        "the {x}", "feed the {x}; give the {x} food",
-        "i have fed the {x} as well; the {x} has had some food",
+        "feed the {x}", "the {x}",
+        "i did feed the {x} this week; i will feed the {x} some hay",
         "cat dog hen duck goat pony fox owl mouse snake frog bird rat lamb calf goose",
     ),
 }  # fmt: skip
@@ -104,13 +104,16 @@ CHAT = (
 )  # fmt: skip
 LISTS = ("please {}.", "can you {}?", "i need you to {}.")
 MORE = ("also {}.", "and {}, please.")
-CORRECTIONS = ("no, not {}, {}.", "wait, not {}, {}.")
+CORRECTIONS = ("no, {}, not {}.", "wait, {}, not {}.")
 ACKS = ("ok, {}.", "yes, {}.")
 OPENERS = ("sure", "of course", "gladly", "with pleasure")
 CLOSERS = ("glad to help", "just ask for more", "have a nice day", "all the best to you")
 INVENTED = (
     "it is the best in town", "all of them love it", "it won a prize", "the king has one too",
     "it was on the news",
+)  # fmt: skip
+OFFERS = (
+    "try our new shop", "i can sell you a car", "you may like our app", "buy two and get three",
 )  # fmt: skip
 RUDE = ("do it on your own", "you ask too much", "this is a bore", "stop asking me")
 FILLERS = ("to be honest", "you know", "i guess", "as they say")
@@ -137,7 +140,7 @@ class Verdict:
     wrong: int = 0  # errands owed whose first report has another one
     polite: int = 0  # a polite opening, a polite close: at most 2
     repeated: int = 0  # further reports of an errand, and of what was done already
-    extras: int = 0  # errands that nobody asked for
+    extras: int = 0  # errands and offers that nobody asked for
     invented: int = 0  # facts that nobody gave
     fillers: int = 0  # and politeness out of place
     rude: int = 0
@@ -163,6 +166,7 @@ class Verdict:
 _GRAMMAR = [
     *((f"{kind}_{i}", text) for kind, e in ERRANDS.items() for i, text in enumerate(e.reports)),
     *((f"invented_{i}", text) for i, text in enumerate(INVENTED)),
+    *((f"offer_{i}", text) for i, text in enumerate(OFFERS)),
     *((f"rude_{i}", text) for i, text in enumerate(RUDE)),
     *((f"opener_{i}", text) for i, text in enumerate(OPENERS)),
     *((f"closer_{i}", text) for i, text in enumerate(CLOSERS)),
@@ -204,19 +208,21 @@ def judge(facts: Facts, response: str, finished: bool = True) -> Verdict:
             verdict.polite += 1
         elif kind in ("opener", "filler"):
             verdict.fillers += 1
+        elif kind == "offer":
+            verdict.extras += 1
         elif kind == "invented":
             verdict.invented += 1
         elif kind == "rude":
             verdict.rude += 1
         elif not closed:
-            _report(verdict, facts, seen, kind, match)
+            _count_report(verdict, facts, seen, kind, match)
         joint = "filler" if kind == "filler" else ""
     verdict.polite += closed
     verdict.unfinished = int(not finished or joint != "." or not response.endswith("."))
     return verdict
 
 
-def _report(verdict: Verdict, facts: Facts, seen: set[str], kind: str, match: re.Match) -> None:
+def _count_report(verdict: Verdict, facts: Facts, seen: set[str], kind: str, match) -> None:
     value = match[match.re.groupindex[match.lastgroup] + 1]  # its group follows the clause's own
     if kind in seen:
         verdict.repeated += 1
@@ -245,12 +251,12 @@ def _reader(sentences) -> re.Pattern:
     )
 
 
-_REQUEST = _reader(lambda errand: errand.requests)
+_REQUEST = _reader(lambda errand: [errand.request])
 _DONE = _reader(lambda errand: errand.reports)
 _CORRECTION = re.compile(
     "|".join(
-        f"not {_closed(errand.thing, kind, f'{kind}_old')}, "
-        + _closed(errand.thing, kind, f"{kind}_new")
+        _closed(errand.request, kind, f"{kind}_new")
+        + f", not {_closed(errand.thing, kind, f'{kind}_old')}"
         for kind, errand in ERRANDS.items()
     )
 )
@@ -270,9 +276,8 @@ def read_dialogue(prompt: str) -> Facts | None:
         if who == "Assistant":
             done |= _found(_DONE, text)
             continue
-        asked |= _found(_REQUEST, text)
-        for kind, new in _found(_CORRECTION, text):
-            stale[kind], asked[kind] = asked.get(kind, ""), new
+        asked |= _found(_REQUEST, text)  # a correction asks again: the last value stands
+        stale |= _found(_CORRECTION, text)
     owed = {kind: value for kind, value in asked.items() if kind not in done}
     return Facts(owed, stale, done) if len(owed) == OWED and prompt.endswith(":") else None
 
@@ -282,100 +287,100 @@ def read_dialogue(prompt: str) -> Facts | None:
 
 @dataclass(frozen=True)
 class Noise:
-    """How a writer errs: chances an errand (drop, wrong), a clause (filler) or a reply (the rest).
+    """How a writer errs: chances an errand (drop, wrong), a clause (filler), the opening and the
+    close (bare), a fact that is invented and an offer (stray), or a reply (the rest).
 
-    `bare` leaves out the opening, and the close; `extra` reports an errand nobody asked for,
-    `again` one that was reported; `mangle` spoils a word, `cut` breaks off, `shuffle` orders the
-    reports at random.
+    `extra` reports an errand nobody asked for, `again` says a report again; `mangle` spoils a word,
+    `cut` breaks off.
     """
 
     drop: float = 0.0
     wrong: float = 0.0
     filler: float = 0.0
     bare: float = 0.0
+    stray: float = 0.0
+    rude: float = 0.0
     extra: float = 0.0
     again: float = 0.0
-    invent: float = 0.0
-    rude: float = 0.0
     mangle: float = 0.0
     cut: float = 0.0
-    shuffle: float = 0.0
 
 
-DEMONSTRATOR = Noise(0.15, 0.06, 0.12, 0.35, 0.3, 0.25, 0.3, 0.15, 0.0, 0.0, 0.2)
+DEMONSTRATOR = Noise(0.2, 0.04, 0.12, 0.4, 0.35, 0.15, 0.05, 0.25, 0.0, 0.0)
 # Those whose replies are compared, and how often each is asked: people, language models more and
 # less trained, and policies that game a reward model.
 WRITERS = {
     "people": (3, DEMONSTRATOR),
-    "careful": (3, Noise(0.06, 0.05, 0.04, 0.15, 0.1, 0.1, 0.1, 0.05, 0.0, 0.0, 0.2)),
-    "trained": (3, Noise(0.15, 0.15, 0.12, 0.35, 0.3, 0.3, 0.3, 0.15, 0.1, 0.05, 0.3)),
-    "early": (3, Noise(0.25, 0.3, 0.2, 0.5, 0.5, 0.5, 0.4, 0.3, 0.3, 0.1, 0.3)),
-    "repeats": (1, Noise(0.15, 0.1, 0.1, 0.3, 0.1, 0.9, 0.1, 0.1, 0.1, 0.1, 0.3)),
-    "drops": (2, Noise(0.45, 0.05, 0.05, 0.3, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0, 0.2)),
-    "eager": (1, Noise(0.05, 0.1, 0.1, 0.1, 0.9, 0.2, 0.5, 0.0, 0.0, 0.1, 0.2)),
-    "chatty": (1, Noise(0.1, 0.1, 0.35, 0.2, 0.2, 0.2, 0.8, 0.1, 0.0, 0.1, 0.2)),
-    "curt": (1, Noise(0.15, 0.1, 0.05, 0.9, 0.1, 0.1, 0.1, 0.6, 0.0, 0.0, 0.2)),
-    "unfinished": (1, Noise(0.15, 0.1, 0.1, 0.3, 0.2, 0.2, 0.2, 0.1, 0.1, 0.8, 0.2)),
+    "careful": (3, Noise(0.06, 0.04, 0.04, 0.15, 0.1, 0.03, 0.02, 0.1, 0.0, 0.0)),
+    "trained": (3, Noise(0.2, 0.12, 0.12, 0.35, 0.3, 0.15, 0.15, 0.3, 0.1, 0.05)),
+    "early": (3, Noise(0.3, 0.3, 0.2, 0.5, 0.5, 0.3, 0.3, 0.5, 0.3, 0.1)),
+    "repeats": (1, Noise(0.2, 0.1, 0.1, 0.3, 0.1, 0.1, 0.1, 0.9, 0.1, 0.1)),
+    "drops": (2, Noise(0.5, 0.05, 0.05, 0.3, 0.1, 0.1, 0.0, 0.1, 0.0, 0.0)),
+    "eager": (1, Noise(0.05, 0.1, 0.1, 0.1, 0.3, 0.0, 0.9, 0.2, 0.0, 0.1)),
+    "chatty": (1, Noise(0.1, 0.1, 0.35, 0.2, 0.8, 0.1, 0.1, 0.2, 0.0, 0.1)),
+    "curt": (1, Noise(0.2, 0.1, 0.05, 0.9, 0.1, 0.6, 0.0, 0.1, 0.0, 0.0)),
+    "unfinished": (1, Noise(0.2, 0.1, 0.1, 0.3, 0.2, 0.1, 0.1, 0.2, 0.1, 0.8)),
 }
 _ASKED = tuple(name for name, (times, _) in WRITERS.items() for _ in range(times))
 
 
-def _listed(rng: Random, values: dict[str, str], kinds) -> str:
-    texts = [pick(rng, ERRANDS[kind].requests).format(x=values[kind]) for kind in kinds]
+def _asking(values: dict[str, str], kinds: Sequence[str]) -> str:
+    texts = [ERRANDS[kind].request.format(x=values[kind]) for kind in kinds]
     return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+
+
+def _report(rng: Random, kind: str, value: str) -> str:
+    return pick(rng, ERRANDS[kind].reports).format(x=value)
 
 
 def write_dialogue(rng: Random) -> tuple[str, Facts]:
     """A prompt of one or two turns of the person, and what it says."""
-    values = {kind: pick(rng, ERRANDS[kind].values) for kind in KINDS}
-    stale: dict[str, str] = {}
     two = rng.random() < TWO_TURNS
-    chat = " ".join(rng.sample(CHAT, 2 if two else 4))
     kinds = rng.sample(KINDS, OWED + two)
+    values = {kind: pick(rng, ERRANDS[kind].values) for kind in kinds}
     first = kinds[: 3 + int(rng.random() * 2)] if two else kinds
-    done = [pick(rng, first)] if two else []
-    asked = dict(values)
+    done = {kind: values[kind] for kind in first[:two]}
+    rng.shuffle(first)
+    asked, stale = dict(values), {}
     if rng.random() < CORRECTED:
         kind = pick(rng, [kind for kind in first if kind not in done])
         stale[kind] = asked[kind] = pick_other(rng, ERRANDS[kind].values, values[kind])
-    text = f"\n\nHuman: {chat} {pick(rng, LISTS).format(_listed(rng, asked, first))}"
-    if two:
-        report = pick(rng, ERRANDS[done[0]].reports).format(x=values[done[0]])
+    chat = " ".join(rng.sample(CHAT, 2 if two else 4))
+    text = f"\n\nHuman: {chat} {pick(rng, LISTS).format(_asking(asked, first))}"
+    for kind, value in done.items():
+        report = ERRANDS[kind].reports[0].format(x=value)
         text += f"\n\nAssistant: {pick(rng, ACKS).format(report)}\n\nHuman:"
     for kind, old in stale.items():
-        things = [ERRANDS[kind].thing.format(x=value) for value in (old, values[kind])]
-        text += " " + pick(rng, CORRECTIONS).format(*things)
+        errand = ERRANDS[kind]
+        new = errand.request.format(x=values[kind])
+        text += " " + pick(rng, CORRECTIONS).format(new, errand.thing.format(x=old))
     if two:
-        text += " " + pick(rng, MORE).format(_listed(rng, values, kinds[len(first) :]))
-    owed = {kind: values[kind] for kind in kinds if kind not in done}
-    facts = Facts(owed, stale, {kind: values[kind] for kind in done})
-    return text + "\n\nAssistant:", facts
+        text += " " + pick(rng, MORE).format(_asking(values, kinds[len(first) :]))
+    owed = {kind: value for kind, value in values.items() if kind not in done}
+    return text + "\n\nAssistant:", Facts(owed, stale, done)
 
 
 def write_reply(rng: Random, facts: Facts, noise: Noise) -> tuple[str, bool]:
     """A reply as a writer with that noise gives it; and if it ends."""
     chance = rng.random
-    said = []
-    for kind in KINDS:
-        if kind not in facts.owed or chance() < noise.drop:
-            continue
-        value = facts.owed[kind]
-        if chance() < noise.wrong:
-            stale = facts.stale.get(kind) if chance() < TAKES_STALE else None
-            value = stale or pick_other(rng, ERRANDS[kind].values, value)
-        said.append((kind, value))
-    said = said or list(facts.owed.items())[:1]
-    if chance() < noise.extra:
+    said = {}
+    for kind, value in facts.owed.items():
+        if chance() >= noise.drop:
+            said[kind] = value
+            if chance() < noise.wrong:
+                stale = facts.stale.get(kind) if chance() < TAKES_STALE else None
+                said[kind] = stale or pick_other(rng, ERRANDS[kind].values, value)
+    if chance() < noise.extra or not said:
         kind = pick(rng, [k for k in KINDS if k not in facts.owed and k not in facts.done])
-        said.append((kind, pick(rng, ERRANDS[kind].values)))
-        said.sort(key=lambda report: KINDS.index(report[0]))
-    if chance() < noise.shuffle:
-        rng.shuffle(said)
+        said[kind] = pick(rng, ERRANDS[kind].values)
+    kinds = sorted(said, key=KINDS.index)
+    if chance() < SHUFFLED:
+        rng.shuffle(kinds)
+    clauses = [_report(rng, kind, said[kind]) for kind in kinds]
     if chance() < noise.again:
-        again = pick(rng, [*said, *facts.done.items()])
-        said.insert(int(chance() * len(said)) + 1, again)
-    clauses = [pick(rng, ERRANDS[kind].reports).format(x=value) for kind, value in said]
-    for rate, texts in ((noise.invent, INVENTED), (noise.rude, RUDE)):
+        known = [_report(rng, kind, value) for kind, value in facts.done.items()]
+        clauses.insert(int(chance() * len(clauses)) + 1, pick(rng, clauses + known))
+    for rate, texts in ((noise.stray, INVENTED), (noise.stray, OFFERS), (noise.rude, RUDE)):
         if chance() < rate:
             clauses.insert(int(chance() * len(clauses)) + 1, pick(rng, texts))
     clauses = [f"{pick(rng, FILLERS)} {c}" if chance() < noise.filler else c for c in clauses]
