@@ -31,13 +31,13 @@ task = get_task("hh")
 
 PROMPT = (
     "\n\nHuman: i am tired. please pack the lamp, call the nurse and pay 20 bucks."
-    "\n\nAssistant: ok, i did call the nurse just now."
-    "\n\nHuman: no, pack the kite, not the lamp. also cook the rice, invite tom and plan for june."
+    "\n\nAssistant: ok, i will pack the lamp with care. what else?"
+    "\n\nHuman: no, pack the kite, not the lamp. also cook the rice and invite tom."
     "\n\nAssistant:"
 )
 PERFECT = (
     " sure, i did pack the kite in a box and i did pay 20 bucks by card, i did cook the rice as "
-    "you like. i will invite tom in a note and i did plan for june as you said. glad to help."
+    "you like. i will invite tom in a note and i did call the nurse just now. glad to help."
 )
 FACTS = twin.read_dialogue(PROMPT)
 
@@ -213,10 +213,10 @@ def score(text, finished=True, facts=FACTS):
 
 
 def test_a_dialogue_is_read_back():
-    assert FACTS.owed == {
-        "pack": "kite", "pay": "20", "cook": "rice", "invite": "tom", "plan": "june",
+    assert FACTS.asked == {
+        "pack": "kite", "pay": "20", "cook": "rice", "invite": "tom", "call": "nurse",
     }  # fmt: skip
-    assert FACTS.stale == {"pack": "lamp"} and FACTS.done == {"call": "nurse"}
+    assert FACTS.stale == {"pack": "lamp"}
     assert twin.read_dialogue(turns(0)) is None
     assert twin.read_dialogue(PROMPT.removesuffix("\n\nAssistant:")) is None
 
@@ -239,7 +239,6 @@ CLOSE = " glad to help."
         (PERFECT.replace(" sure,", " glad to help, sure,"), 4),  # both out of place
         (PERFECT.replace(CLOSE, " i will pack the kite with care." + CLOSE), 6),  # said twice
         (PERFECT.replace(CLOSE, " i did pack the lamp in a box." + CLOSE), 6),  # hedged
-        (PERFECT.replace(CLOSE, " i will call the nurse once more." + CLOSE), 6),  # done before
         (PERFECT.replace(CLOSE, " i did feed the cat this week." + CLOSE), 6),  # nobody asked
         (PERFECT.replace(CLOSE, " i can sell you a car." + CLOSE), 6),  # an offer
         (PERFECT.replace(CLOSE, " it won a prize." + CLOSE), 6),  # invented
@@ -247,7 +246,7 @@ CLOSE = " glad to help."
         (PERFECT.replace("like. i", "like. you know i"), 6),  # a filler
         (PERFECT.replace("like. i", "like i"), 6.75),  # no joint
         (PERFECT.replace("like. i", "like.. i"), 6.75),
-        (PERFECT.replace(" june", " ju ne"), 6 - 9 / 4),  # nine loose words
+        (PERFECT.replace(" nurse", " nu rse"), 6 - 8 / 4),  # eight loose words
         (PERFECT[:-1], 6),  # no full stop
         (PERFECT + " ", 5.75),
         (PERFECT.upper(), -3),
@@ -267,7 +266,6 @@ def test_true_score_of_a_reply(text, expected):
     ("sentence", "count"),
     [
         ("i will pack the kite with care", "repeated"),
-        ("i will call the nurse once more", "repeated"),  # in the earlier turn
         ("i did feed the cat this week", "extras"),
         ("i can sell you a car", "extras"),
         ("it won a prize", "invented"),
@@ -288,7 +286,7 @@ def test_unfinished_costs_a_point():
 
 
 def test_each_errand_more_is_worth_one():
-    reports = [twin.ERRANDS[k].reports[1].format(x=v) for k, v in FACTS.owed.items()]
+    reports = [twin.ERRANDS[k].reports[1].format(x=v) for k, v in FACTS.asked.items()]
     texts = [" " + ", ".join(reports[:n]) + "." for n in range(1, 6)]
     assert [score(text) for text in texts] == [1, 2, 3, 4, 5]
     assert score(" " + ", ".join(reports[::-1]) + ".") == 5
@@ -331,15 +329,16 @@ def test_the_twin_has_the_hubs_columns():
 def test_a_dialogues_text_says_its_facts():
     values = [value for errand in twin.ERRANDS.values() for value in errand.values]
     assert len(set(values)) == len(values)  # a value tells its kind
-    kinds = Counter()
+    turns, stale = [], []
     for seed in range(400):
         prompt, facts = twin.write_dialogue(random.Random(seed))
         assert twin.read_dialogue(prompt) == facts
-        assert len(facts.owed) == twin.OWED
-        assert prompt.count("\n\nHuman:") == 1 + len(facts.done)
-        kinds[len(facts.done), len(facts.stale)] += 1
-    assert 0.7 < (kinds[1, 0] + kinds[1, 1]) / 400 < 0.8
-    assert 0.55 < (kinds[0, 1] + kinds[1, 1]) / 400 < 0.65
+        assert len(facts.asked) == twin.ASKED and prompt.endswith("\n\nAssistant:")
+        assert all(facts.asked[kind] != old for kind, old in facts.stale.items())
+        turns.append(prompt.count("\n\nHuman:"))
+        stale.append(len(facts.stale))
+    assert set(turns) == {1, 2} and 1.7 < np.mean(turns) < 1.8
+    assert set(stale) == {0, 1} and 0.55 < np.mean(stale) < 0.65
 
 
 def test_parts_of_the_twin(embedded):
@@ -366,7 +365,7 @@ def test_lengths_in_tokens(embedded, tokenizer):
     prompts = [len(encode_prompt(e.prompt, tokenizer, 10_000)) for e in examples]
     assert 70 < np.mean(prompts) < 80 and max(prompts) <= limits.prompt_tokens
     replies = [len(encode_response(e.response, tokenizer, 10_000)) for e in examples]
-    assert 50 < np.mean(replies) < 58 and np.mean(np.array(replies) > limits.response_tokens) < 0.01
+    assert 45 < np.mean(replies) < 55 and np.mean(np.array(replies) > limits.response_tokens) < 0.01
     perfect = []
     for number, example in enumerate(embedded.valid):
         facts = twin.read_dialogue(example.prompt.text)
@@ -398,7 +397,7 @@ def test_the_noise_of_the_preferences(embedded):
 def test_nothing_constant_scores_well(embedded):
     counts = {kind: Counter() for kind in twin.KINDS}
     for example in embedded.ppo:
-        for kind, value in twin.read_dialogue(example.prompt.text).owed.items():
+        for kind, value in twin.read_dialogue(example.prompt.text).asked.items():
             counts[kind][value] += 1
     reports = [
         twin.ERRANDS[kind].reports[0].format(x=count.most_common(1)[0][0])

@@ -1,11 +1,10 @@
 """The embedded twin of the dialogue task: errands asked for in one or two turns, noisy replies, and
 their hidden truth.
 
-A person asks for six errands of the eight kinds of ERRANDS, each with a value that must be copied.
-In most dialogues the errands come in two turns, and the assistant reports one as done in between,
-which leaves five; else five are asked for in one turn. In some, the last turn corrects a value:
-"not the lamp, the kite". A good reply opens politely, reports each errand that is still owed, with
-its last value, and closes politely.
+A person asks for five errands of the seven kinds of ERRANDS, each with a value that must be copied.
+In most dialogues they come in two turns, with a promise of the assistant in between; in some, the
+last turn corrects a value: "no, pack the kite, not the lamp". A good reply opens politely, reports
+each errand with its last value, and closes politely.
 
 The hidden scorer (`judge`) reads the text of a reply with a strict grammar:
 
@@ -30,8 +29,8 @@ from typing import NamedTuple
 from marlhf.tasks.shared_twin import join, pattern, pick, pick_other, prefers_first, spoil
 
 PAIRS_PER_PROMPT = 2
-OWED = 5  # errands that a reply must report
-TWO_TURNS = 0.75  # share of the dialogues in which an earlier turn of the assistant reports one
+ASKED = 5  # errands that a person asks for
+TWO_TURNS = 0.75  # share of the dialogues with two turns of the person
 CORRECTED = 0.6  # share of the dialogues whose last turn corrects a value
 SHUFFLED = 0.2  # share of the replies whose reports come in any order
 TAKES_STALE = 0.5  # share of the wrong values that are the one corrected, where there is one
@@ -83,12 +82,6 @@ ERRANDS = {
         "i did invite {x} to the house; i will invite {x} in a note",
         "mara tom ella omar hugo lena ivan rosa kofi yuki gita erik nina paul vera finn",
     ),
-    "plan": _errand(
-        "plan for {x}", "{x}",
-        "i did plan for {x} as you said; i will plan for {x} on a map",
-        "january february march april may june july august september october november december "
-        "spring summer autumn winter",
-    ),
     "feed": _errand(
         "feed the {x}", "the {x}",
         "i did feed the {x} this week; i will feed the {x} some hay",
@@ -96,7 +89,7 @@ ERRANDS = {
     ),
 }  # fmt: skip
 KINDS = tuple(ERRANDS)
-BEST = float(OWED + 2)
+BEST = float(ASKED + 2)
 
 CHAT = (
     "it rains.", "i like tea.", "i am at work.", "the bus was late.", "i am tired.", "hi there.",
@@ -105,7 +98,7 @@ CHAT = (
 LISTS = ("please {}.", "can you {}?", "i need you to {}.")
 MORE = ("also {}.", "and {}, please.")
 CORRECTIONS = ("no, {}, not {}.", "wait, {}, not {}.")
-ACKS = ("ok, {}.", "yes, {}.")
+PROMISES = ("ok, {}. what else?", "yes, {}. more?")
 OPENERS = ("sure", "of course", "gladly", "with pleasure")
 CLOSERS = ("glad to help", "just ask for more", "have a nice day", "all the best to you")
 INVENTED = (
@@ -124,22 +117,20 @@ FILLERS = ("to be honest", "you know", "i guess", "as they say")
 
 @dataclass(frozen=True)
 class Facts:
-    """What a dialogue says, by kind of errand: the value of each one owed, the values that were
-    corrected, and what the assistant has done already."""
+    """What a dialogue asks for, by kind of errand: the value, and the one that it corrects."""
 
-    owed: dict[str, str]
+    asked: dict[str, str]
     stale: dict[str, str]
-    done: dict[str, str]
 
 
 @dataclass
 class Verdict:
     """Counts of what a reply says; `score` weighs them."""
 
-    right: int = 0  # errands owed whose first report has the right value
-    wrong: int = 0  # errands owed whose first report has another one
+    right: int = 0  # errands asked for whose first report has the right value
+    wrong: int = 0  # errands asked for whose first report has another one
     polite: int = 0  # a polite opening, a polite close: at most 2
-    repeated: int = 0  # further reports of an errand, and of what was done already
+    repeated: int = 0  # further reports of an errand
     extras: int = 0  # errands and offers that nobody asked for
     invented: int = 0  # facts that nobody gave
     fillers: int = 0  # and politeness out of place
@@ -190,7 +181,7 @@ def judge(facts: Facts, response: str, finished: bool = True) -> Verdict:
     the end. The first report of an errand counts, each further one is a repetition, so hedging does
     not pay.
     """
-    verdict, seen, joint, closed = Verdict(), set(facts.done), "start", False
+    verdict, seen, joint, closed = Verdict(), set(), "start", False
     for match in _PARTS.finditer(response):
         kind = match.lastgroup.partition("_")[0]
         if kind == "garbled":
@@ -226,9 +217,9 @@ def _count_report(verdict: Verdict, facts: Facts, seen: set[str], kind: str, mat
     value = match[match.re.groupindex[match.lastgroup] + 1]  # its group follows the clause's own
     if kind in seen:
         verdict.repeated += 1
-    elif kind not in facts.owed:
+    elif kind not in facts.asked:
         verdict.extras += 1
-    elif facts.owed[kind] == value:
+    elif facts.asked[kind] == value:
         verdict.right += 1
     else:
         verdict.wrong += 1
@@ -241,45 +232,32 @@ def _closed(text: str, kind: str, group: str) -> str:
     return rf"\b{before}(?P<{group}>{'|'.join(ERRANDS[kind].values)}){after}\b"
 
 
-def _reader(sentences) -> re.Pattern:
-    return re.compile(
-        "|".join(
-            _closed(text, kind, f"{kind}_{i}")
-            for kind in KINDS
-            for i, text in enumerate(sentences(ERRANDS[kind]))
-        )
-    )
+def _reader(sentence) -> re.Pattern:
+    return re.compile("|".join(sentence(kind, errand) for kind, errand in ERRANDS.items()))
 
 
-_REQUEST = _reader(lambda errand: [errand.request])
-_DONE = _reader(lambda errand: errand.reports)
-_CORRECTION = re.compile(
-    "|".join(
+_REQUEST = _reader(lambda kind, errand: _closed(errand.request, kind, kind))
+_CORRECTION = _reader(
+    lambda kind, errand: (
         _closed(errand.request, kind, f"{kind}_new")
         + f", not {_closed(errand.thing, kind, f'{kind}_old')}"
-        for kind, errand in ERRANDS.items()
     )
 )
-_TURN = re.compile(r"\n\n(Human|Assistant): ?")
+_TURN = re.compile(r"\n\nHuman: (.*?)(?=\n\nAssistant:)")
 
 
-def _found(reader: re.Pattern, text: str) -> list[tuple[str, str]]:
-    return [(m.lastgroup.partition("_")[0], m[m.lastgroup]) for m in reader.finditer(text)]
+def _found(reader: re.Pattern, text: str) -> dict[str, str]:
+    return {m.lastgroup.partition("_")[0]: m[m.lastgroup] for m in reader.finditer(text)}
 
 
 @lru_cache(maxsize=65536)
 def read_dialogue(prompt: str) -> Facts | None:
     """The facts of a generated dialogue, read back from its text; None for any other text."""
-    asked, stale, done = {}, {}, {}
-    _, *parts = _TURN.split(prompt)
-    for who, text in zip(parts[::2], parts[1::2], strict=True):
-        if who == "Assistant":
-            done |= _found(_DONE, text)
-            continue
+    asked, stale = {}, {}
+    for text in _TURN.findall(prompt):
         asked |= _found(_REQUEST, text)  # a correction asks again: the last value stands
         stale |= _found(_CORRECTION, text)
-    owed = {kind: value for kind, value in asked.items() if kind not in done}
-    return Facts(owed, stale, done) if len(owed) == OWED and prompt.endswith(":") else None
+    return Facts(asked, stale) if len(asked) == ASKED else None
 
 
 # ---------------------------------------------------------------- dialogues and replies
@@ -306,7 +284,7 @@ class Noise:
     cut: float = 0.0
 
 
-DEMONSTRATOR = Noise(0.2, 0.04, 0.12, 0.4, 0.35, 0.15, 0.05, 0.25, 0.0, 0.0)
+DEMONSTRATOR = Noise(0.25, 0.04, 0.15, 0.45, 0.4, 0.25, 0.02, 0.1, 0.0, 0.0)
 # Those whose replies are compared, and how often each is asked: people, language models more and
 # less trained, and policies that game a reward model.
 WRITERS = {
@@ -314,9 +292,9 @@ WRITERS = {
     "careful": (3, Noise(0.06, 0.04, 0.04, 0.15, 0.1, 0.03, 0.02, 0.1, 0.0, 0.0)),
     "trained": (3, Noise(0.2, 0.12, 0.12, 0.35, 0.3, 0.15, 0.15, 0.3, 0.1, 0.05)),
     "early": (3, Noise(0.3, 0.3, 0.2, 0.5, 0.5, 0.3, 0.3, 0.5, 0.3, 0.1)),
-    "repeats": (1, Noise(0.2, 0.1, 0.1, 0.3, 0.1, 0.1, 0.1, 0.9, 0.1, 0.1)),
+    "repeats": (2, Noise(0.2, 0.1, 0.1, 0.3, 0.1, 0.1, 0.1, 0.9, 0.1, 0.1)),
     "drops": (2, Noise(0.5, 0.05, 0.05, 0.3, 0.1, 0.1, 0.0, 0.1, 0.0, 0.0)),
-    "eager": (1, Noise(0.05, 0.1, 0.1, 0.1, 0.3, 0.0, 0.9, 0.2, 0.0, 0.1)),
+    "eager": (2, Noise(0.1, 0.1, 0.1, 0.2, 0.2, 0.1, 0.9, 0.2, 0.0, 0.1)),
     "chatty": (1, Noise(0.1, 0.1, 0.35, 0.2, 0.8, 0.1, 0.1, 0.2, 0.0, 0.1)),
     "curt": (1, Noise(0.2, 0.1, 0.05, 0.9, 0.1, 0.6, 0.0, 0.1, 0.0, 0.0)),
     "unfinished": (1, Noise(0.2, 0.1, 0.1, 0.3, 0.2, 0.1, 0.1, 0.2, 0.1, 0.8)),
@@ -336,50 +314,47 @@ def _report(rng: Random, kind: str, value: str) -> str:
 def write_dialogue(rng: Random) -> tuple[str, Facts]:
     """A prompt of one or two turns of the person, and what it says."""
     two = rng.random() < TWO_TURNS
-    kinds = rng.sample(KINDS, OWED + two)
+    kinds = rng.sample(KINDS, ASKED)
     values = {kind: pick(rng, ERRANDS[kind].values) for kind in kinds}
-    first = kinds[: 3 + int(rng.random() * 2)] if two else kinds
-    done = {kind: values[kind] for kind in first[:two]}
-    rng.shuffle(first)
-    asked, stale = dict(values), {}
+    first = kinds[: 2 + int(rng.random() * 2)] if two else kinds
+    said, stale = dict(values), {}
     if rng.random() < CORRECTED:
-        kind = pick(rng, [kind for kind in first if kind not in done])
-        stale[kind] = asked[kind] = pick_other(rng, ERRANDS[kind].values, values[kind])
-    chat = " ".join(rng.sample(CHAT, 2 if two else 4))
-    text = f"\n\nHuman: {chat} {pick(rng, LISTS).format(_asking(asked, first))}"
-    for kind, value in done.items():
-        report = ERRANDS[kind].reports[0].format(x=value)
-        text += f"\n\nAssistant: {pick(rng, ACKS).format(report)}\n\nHuman:"
+        kind = pick(rng, first)
+        stale[kind] = said[kind] = pick_other(rng, ERRANDS[kind].values, values[kind])
+    chat = " ".join(rng.sample(CHAT, 3 if two else 5))
+    text = f"\n\nHuman: {chat} {pick(rng, LISTS).format(_asking(said, first))}"
+    if two:
+        kind = pick(rng, first)
+        promise = ERRANDS[kind].reports[1].format(x=said[kind])
+        text += f"\n\nAssistant: {pick(rng, PROMISES).format(promise)}\n\nHuman:"
     for kind, old in stale.items():
         errand = ERRANDS[kind]
         new = errand.request.format(x=values[kind])
         text += " " + pick(rng, CORRECTIONS).format(new, errand.thing.format(x=old))
     if two:
         text += " " + pick(rng, MORE).format(_asking(values, kinds[len(first) :]))
-    owed = {kind: value for kind, value in values.items() if kind not in done}
-    return text + "\n\nAssistant:", Facts(owed, stale, done)
+    return text + "\n\nAssistant:", Facts(values, stale)
 
 
 def write_reply(rng: Random, facts: Facts, noise: Noise) -> tuple[str, bool]:
     """A reply as a writer with that noise gives it; and if it ends."""
     chance = rng.random
     said = {}
-    for kind, value in facts.owed.items():
+    for kind, value in facts.asked.items():
         if chance() >= noise.drop:
             said[kind] = value
             if chance() < noise.wrong:
                 stale = facts.stale.get(kind) if chance() < TAKES_STALE else None
                 said[kind] = stale or pick_other(rng, ERRANDS[kind].values, value)
     if chance() < noise.extra or not said:
-        kind = pick(rng, [k for k in KINDS if k not in facts.owed and k not in facts.done])
+        kind = pick(rng, [k for k in KINDS if k not in facts.asked])
         said[kind] = pick(rng, ERRANDS[kind].values)
     kinds = sorted(said, key=KINDS.index)
     if chance() < SHUFFLED:
         rng.shuffle(kinds)
     clauses = [_report(rng, kind, said[kind]) for kind in kinds]
     if chance() < noise.again:
-        known = [_report(rng, kind, value) for kind, value in facts.done.items()]
-        clauses.insert(int(chance() * len(clauses)) + 1, pick(rng, clauses + known))
+        clauses.insert(int(chance() * len(clauses)) + 1, pick(rng, clauses))
     for rate, texts in ((noise.stray, INVENTED), (noise.stray, OFFERS), (noise.rude, RUDE)):
         if chance() < rate:
             clauses.insert(int(chance() * len(clauses)) + 1, pick(rng, texts))
