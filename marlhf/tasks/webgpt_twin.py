@@ -9,7 +9,7 @@ asked first comes first. What is to be said thus depends on the question, not on
 The hidden scorer (`judge`) reads the text of an answer with a strict grammar:
 
     score = supported - (unsupported + miscited) / 4 - uncited - repeated - irrelevant - claims
-            - hedges - late - min(garbled / 4, 3) - unfinished
+            - hedges - late / 2 - min(garbled / 4, 3) - unfinished
 
 It makes the preferences, through a Bradley-Terry draw, and is the true score shown beside the
 reward model's; nothing is trained on it. Rows are in the columns of openai/webgpt_comparisons. That
@@ -54,24 +54,24 @@ VALUES = {
 VALUES = {thing: words.split() for thing, words in VALUES.items()}
 THINGS = tuple(VALUES)
 
-# A quote for each statement, in two wordings.
+# A quote for each statement, in two wordings; a statement names what it is about.
 QUOTES = {
-    "cost": ("tickets cost {cost}.", "entry is {cost}."),
-    "place": ("it is at the {place}.", "come to the {place}."),
-    "month": ("held in {month}.", "set for {month}."),
-    "host": ("{host} runs it.", "ask for {host}."),
-    "prize": ("win a {prize}.", "the prize: a {prize}."),
-    "food": ("they serve {food}.", "eat {food} there."),
-    "gear": ("bring a {gear}.", "take a {gear}."),
+    "cost": ("entry is {cost}", "pay {cost} to enter"),
+    "place": ("it is at the {place}", "come to the {place}"),
+    "month": ("held in {month}", "set for {month}"),
+    "host": ("{host} runs it", "ask for {host}"),
+    "prize": ("win a {prize}", "first gets a {prize}"),
+    "food": ("they serve {food}", "eat {food} there"),
+    "gear": ("bring a {gear}", "take a {gear}"),
 }
 STATEMENTS = {
-    "cost": ("you have to pay {cost} bucks", "the price of it is {cost}"),
-    "place": ("it is held at the {place}", "all of it is at the {place}"),
-    "month": ("it will take place in {month}", "the whole thing is in {month}"),
-    "host": ("the one in charge is {host}", "all of it is run by {host}"),
-    "prize": ("the best one wins a {prize}", "who comes first gets a {prize}"),
-    "food": ("they will serve you some {food}", "there you can eat some {food}"),
-    "gear": ("you are to bring a {gear}", "do not forget to take a {gear}"),
+    "cost": ("the cost to get in is {cost}", "it has a cost of {cost} bucks"),
+    "place": ("the place to go is the {place}", "it takes place at the {place}"),
+    "month": ("the month it is on is {month}", "it is in the month of {month}"),
+    "host": ("the host of all this is {host}", "it has a host named {host}"),
+    "prize": ("the prize to win is a {prize}", "it has as its prize a {prize}"),
+    "food": ("the food they serve is {food}", "for food there will be {food}"),
+    "gear": ("the gear to bring is a {gear}", "as gear you need a {gear}"),
 }
 CLAIMS = (  # no source says so
     "it is always great fun",
@@ -126,7 +126,7 @@ class Verdict:
             - self.irrelevant
             - self.claims
             - self.hedges
-            - self.late
+            - 0.5 * self.late
             - min(0.25 * self.garbled, 3.0)
             - self.unfinished
         )
@@ -208,15 +208,15 @@ def _closed(quote: str, group: str) -> str:
 
 
 _SOURCE = re.compile(
-    r"\[(?P<number>\d)\] (?P<rumor>rumor: )?(?:"
+    r"(?P<rumor>rumor: )?(?:"
     + "|".join(
         _closed(text, f"{thing}_{i}")
         for thing, texts in QUOTES.items()
         for i, text in enumerate(texts)
     )
-    + ")"
+    + r") \[(?P<number>\d)\]\."
 )
-_QUESTION = re.compile(r"what is the (\w+) of the \w+\? also ((?:\w+, )+\w+)\. (\[.*)")
+_QUESTION = re.compile(r"what is the (\w+) of the \w+\? also ((?:\w+, )+\w+)\. (.*)")
 
 
 @lru_cache(maxsize=65536)
@@ -264,15 +264,15 @@ class Noise:
 # The writers of the answers that are compared, and how often each is asked: people, language
 # models more and less trained, and policies that game a reward model.
 WRITERS = {
-    "person": (5, Noise(0.2, 0.05, 0.15, 0.05, 0.15, 0.3, 0.35, 0.15, 0.3, 0.0, 0.0)),
-    "careful": (3, Noise(0.08, 0.04, 0.05, 0.04, 0.05, 0.15, 0.15, 0.1, 0.15, 0.0, 0.0)),
-    "model": (3, Noise(0.2, 0.15, 0.2, 0.2, 0.15, 0.4, 0.4, 0.3, 0.3, 0.1, 0.05)),
-    "early": (3, Noise(0.3, 0.3, 0.3, 0.3, 0.2, 0.6, 0.5, 0.4, 0.5, 0.3, 0.1)),
-    "repeats": (1, Noise(0.2, 0.1, 0.15, 0.1, 0.1, 0.3, 0.3, 0.9, 0.3, 0.1, 0.1)),
-    "terse": (2, Noise(0.5, 0.05, 0.2, 0.05, 0.05, 0.2, 0.2, 0.1, 0.3, 0.0, 0.0)),
-    "chatty": (1, Noise(0.1, 0.1, 0.15, 0.1, 0.4, 0.5, 0.9, 0.2, 0.3, 0.0, 0.1)),
-    "uncited": (1, Noise(0.1, 0.1, 0.7, 0.1, 0.1, 0.3, 0.3, 0.2, 0.3, 0.0, 0.0)),
-    "unfinished": (1, Noise(0.2, 0.1, 0.1, 0.1, 0.1, 0.3, 0.3, 0.2, 0.3, 0.1, 0.8)),
+    "person": (5, Noise(0.2, 0.03, 0.15, 0.03, 0.15, 0.3, 0.35, 0.15, 0.1, 0.0, 0.0)),
+    "careful": (3, Noise(0.08, 0.02, 0.05, 0.02, 0.05, 0.15, 0.15, 0.1, 0.1, 0.0, 0.0)),
+    "model": (3, Noise(0.2, 0.1, 0.2, 0.1, 0.15, 0.4, 0.4, 0.3, 0.2, 0.1, 0.05)),
+    "early": (3, Noise(0.3, 0.2, 0.3, 0.2, 0.2, 0.6, 0.5, 0.4, 0.3, 0.3, 0.1)),
+    "repeats": (1, Noise(0.2, 0.05, 0.15, 0.05, 0.1, 0.3, 0.3, 0.9, 0.1, 0.1, 0.1)),
+    "terse": (2, Noise(0.5, 0.05, 0.2, 0.05, 0.05, 0.2, 0.2, 0.1, 0.1, 0.0, 0.0)),
+    "chatty": (1, Noise(0.1, 0.05, 0.15, 0.05, 0.4, 0.5, 0.9, 0.2, 0.1, 0.0, 0.1)),
+    "uncited": (1, Noise(0.1, 0.05, 0.7, 0.05, 0.1, 0.3, 0.3, 0.2, 0.1, 0.0, 0.0)),
+    "unfinished": (1, Noise(0.2, 0.05, 0.1, 0.05, 0.1, 0.3, 0.3, 0.2, 0.1, 0.1, 0.8)),
 }
 _WRITERS = tuple(noise for times, noise in WRITERS.values() for _ in range(times))
 
@@ -293,7 +293,7 @@ def write_question(rng: Random) -> tuple[str, Facts]:
     rng.shuffle(said)
     texts, sources, rumors = [], {}, {}
     for number, (thing, value, rumor) in enumerate(said, 1):
-        texts.append(f"[{number}] {rumor}{pick(rng, QUOTES[thing]).format(**{thing: value})}")
+        texts.append(f"{rumor}{pick(rng, QUOTES[thing]).format(**{thing: value})} [{number}].")
         (rumors if rumor else sources)[thing] = value, number
     asked = tuple(things[:ASKED])
     question = f"what is the {asked[0]} of the {pick(rng, EVENTS)}? also {', '.join(asked[1:])}."
@@ -373,6 +373,6 @@ def _comparison(rng: Random, question: dict, facts: Facts) -> dict:
 def _quotes(question: str, answer: str) -> dict:
     """The sources that an answer cites, in their order."""
     cited = set(re.findall(r"\[\d\]", answer))
-    found = [(match[0][:3], match[0][4:]) for match in _SOURCE.finditer(question)]
+    found = [(match[0][-4:-1], match[0][:-5]) for match in _SOURCE.finditer(question)]
     kept = [(title, extract) for title, extract in found if title in cited]
     return {"title": [title for title, _ in kept], "extract": [extract for _, extract in kept]}
