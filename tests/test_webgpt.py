@@ -20,15 +20,15 @@ from marlhf.text import DataError, Prompt, encode_prompt, encode_response, train
 FILE = Path(__file__).parents[1] / "../shared/data/webgpt/qa_feedback_pairs_3000.jsonl"
 
 QUESTION = (
-    "what is the place of the fair? also cost, month, host, prize. win a lamp [1]. "
-    "it is at the pier [2]. rumor: entry is 40 [3]. pay 24 to enter [4]. bring a map [5]. "
-    "set for june [6]. ask for omar [7]."
+    "what is the place of the fair? also cost, month, host, prize, food. win a lamp¹. "
+    "it is at the pier². rumor: entry is 40 bucks³. tickets cost 24 bucks⁴. bring a map⁵. "
+    "set for june⁶. ask for omar⁷. eat some soup⁸."
 )
 PERFECT = (
-    " it takes place at the pier [2], the cost to get in is 24 [4] and it is in the month of june "
-    "[6]. it has a host named omar [7], the prize to win is a lamp [1]."
+    " it is held at the pier², you have to pay 24 bucks⁴ and the whole thing is in june⁶. "
+    "all of it is run by omar⁷, the best one wins a lamp¹. they will serve you some soup⁸."
 )
-FIRST = " it takes place at the pier [2],"
+FIRST = " it is held at the pier²,"
 MOVED = PERFECT.replace(FIRST, "")[:-1] + "," + FIRST[:-1] + "."
 FACTS = twin.read_question(QUESTION)
 TASK = get_task("webgpt")
@@ -165,55 +165,58 @@ def test_presets():
 
 
 def test_a_question_is_read_back():
-    assert FACTS.asked == ("place", "cost", "month", "host", "prize")
+    assert FACTS.asked == ("place", "cost", "month", "host", "prize", "food")
     assert FACTS.sources == {
-        "prize": ("lamp", 1), "place": ("pier", 2), "cost": ("24", 4), "gear": ("map", 5),
-        "month": ("june", 6), "host": ("omar", 7),
+        "prize": ("lamp", "¹"), "place": ("pier", "²"), "cost": ("24", "⁴"), "gear": ("map", "⁵"),
+        "month": ("june", "⁶"), "host": ("omar", "⁷"), "food": ("soup", "⁸"),
     }  # fmt: skip
-    assert FACTS.rumors == {"cost": ("40", 3)}
+    assert FACTS.rumors == {"cost": ("40", "³")}
     assert twin.read_question("Why is the sky blue?") is None
-    assert twin.read_question(QUESTION.replace(" set for june [6].", "")) is None
+    assert twin.read_question(QUESTION.replace(" set for june⁶.", "")) is None
 
 
 @pytest.mark.parametrize(
     ("text", "errors"),
     [
         (PERFECT, {}),
-        (PERFECT.replace("june [6].", "june [6],"), {}),
-        (PERFECT.replace("pier", "zoo"), {"supported": 4, "unsupported": 1}),
+        (PERFECT.replace("june⁶.", "june⁶,"), {}),
+        (PERFECT.replace("pier", "zoo"), {"supported": 5, "unsupported": 1}),
         # a rumor supports nothing, whichever source is cited
-        (PERFECT.replace("24 [4]", "40 [3]"), {"supported": 4, "unsupported": 1}),
-        (PERFECT.replace("24 [4]", "40 [4]"), {"supported": 4, "unsupported": 1}),
-        (PERFECT.replace("24 [4]", "24 [3]"), {"miscited": 1}),
-        (PERFECT.replace("24 [4]", "24 [9]"), {"miscited": 1}),
-        (PERFECT.replace(" [4]", ""), {"uncited": 1}),
-        (PERFECT.replace("24 [4]", "40"), {"supported": 4, "unsupported": 1, "uncited": 1}),
-        (PERFECT.replace("[4]", "[4] [2]"), {"repeated": 1}),
-        (PERFECT.replace(" the cost to get in is 24 [4] and", ""), {"supported": 4}),
-        (PERFECT[:-1] + ", the place to go is the pier [2].", {"repeated": 1}),
-        (PERFECT[:-1] + ", the place to go is the zoo.", {"repeated": 1}),
-        (PERFECT[:-1] + ", as gear you need a map [5].", {"irrelevant": 1}),
-        (PERFECT[:-1] + ", as gear you need a map.", {"irrelevant": 1}),
+        (PERFECT.replace("24 bucks⁴", "40 bucks³"), {"supported": 5, "unsupported": 1}),
+        (PERFECT.replace("24 bucks⁴", "40 bucks⁴"), {"supported": 5, "unsupported": 1}),
+        (PERFECT.replace("⁴", "³"), {"miscited": 1}),
+        (PERFECT.replace("⁴", "⁰"), {"miscited": 1}),
+        (PERFECT.replace("⁴", ""), {"uncited": 1}),
+        (
+            PERFECT.replace("24 bucks⁴", "40 bucks"),
+            {"supported": 5, "unsupported": 1, "uncited": 1},
+        ),
+        (PERFECT.replace("⁴", "⁴²"), {"repeated": 1}),
+        (PERFECT.replace(" you have to pay 24 bucks⁴ and", ""), {"supported": 5}),
+        (PERFECT[:-1] + ", you will find it at the pier².", {"repeated": 1}),
+        (PERFECT[:-1] + ", you will find it at the zoo.", {"repeated": 1}),
+        (PERFECT[:-1] + ", you are to bring a map⁵.", {"irrelevant": 1}),
+        (PERFECT[:-1] + ", you are to bring a map.", {"irrelevant": 1}),
         (PERFECT[:-1] + ". it is always great fun.", {"claims": 1}),
-        (PERFECT[:-1] + ". it is always great fun [2].", {"claims": 1}),
-        (PERFECT.replace("the cost", "i think the cost"), {"hedges": 1}),
+        (PERFECT[:-1] + ". it is always great fun².", {"claims": 1}),
+        (PERFECT.replace("you have", "i think you have"), {"hedges": 1}),
         # what was asked first is not said first, or not at all
         (MOVED, {"late": 1}),
-        (PERFECT.replace(FIRST, ""), {"supported": 4, "late": 1}),
+        (PERFECT.replace(FIRST, ""), {"supported": 5, "late": 1}),
         (" nobody should ever miss it." + PERFECT, {"claims": 1}),  # a claim is no statement
-        (PERFECT.replace(" [2],", " [2]"), {"garbled": 1}),  # no joint
-        (PERFECT.replace(" [2],", " [2],,"), {"garbled": 1}),
-        (PERFECT.replace(" [2],", " [2] indeed,"), {"garbled": 1}),
-        (PERFECT.replace(" [2],", "[2],"), {"uncited": 1, "garbled": 1}),
+        (PERFECT.replace("²,", "²"), {"garbled": 1}),  # no joint
+        (PERFECT.replace("²,", "²,,"), {"garbled": 1}),
+        (PERFECT.replace("²,", "² indeed,"), {"garbled": 1}),
+        (PERFECT.replace("²", " [2]"), {"uncited": 1, "garbled": 1}),
         (PERFECT[:-1], {"unfinished": 1}),
-        (PERFECT[:-5] + ". [1]", {"uncited": 1, "garbled": 1, "unfinished": 1}),
+        (PERFECT[:-2] + ".⁸", {"uncited": 1, "garbled": 1, "unfinished": 1}),
         ("", {"supported": 0, "unfinished": 1}),
-        (" [1] [2].", {"supported": 0, "garbled": 3}),
+        (" ²¹.", {"supported": 0, "garbled": 3}),
     ],
-)  # fmt: skip
+)
 def test_each_error_counts_once(text, errors):
     verdict = twin.judge(FACTS, text)
-    assert verdict == twin.Verdict(**{"supported": 5} | errors)
+    assert verdict == twin.Verdict(**{"supported": 6} | errors)
     weights = {
         "supported": 1,
         "unsupported": -0.25,
@@ -221,7 +224,7 @@ def test_each_error_counts_once(text, errors):
         "garbled": -0.25,
         "late": -0.5,
     }
-    expected = {"supported": 5} | errors
+    expected = {"supported": 6} | errors
     total = sum(weights.get(name, -1) * count for name, count in expected.items())
     assert verdict.score == pytest.approx(total)
 
@@ -233,7 +236,7 @@ def test_unfinished_costs_a_point():
 
 def test_garbage_has_a_floor_and_is_read_in_linear_time():
     assert twin.judge(FACTS, " a" * 50_000).score == -4
-    assert twin.judge(FACTS, " it takes place" * 20_000).score == -4
+    assert twin.judge(FACTS, " it is held" * 20_000).score == -4
 
 
 @settings(max_examples=150, deadline=None)
@@ -254,7 +257,7 @@ def test_a_writer_without_noise_scores_best(embedded):
     for number, example in enumerate(embedded.valid):
         facts = twin.read_question(example.prompt.body)
         text, finished = twin.write_answer(random.Random(number), facts, twin.Noise())
-        assert TASK.true_score(example, text, finished) == TASK.best_score(example) == 5
+        assert TASK.true_score(example, text, finished) == TASK.best_score(example) == 6
 
 
 @pytest.mark.parametrize(
@@ -303,7 +306,7 @@ def test_the_twin_has_the_hubs_columns():
             assert set(quotes) == {"title", "extract"}
             for title, extract in zip(quotes["title"], quotes["extract"], strict=True):
                 assert title in found[f"answer_{side}"]
-                assert f"{extract} {title}." in found["question"]["full_text"]
+                assert f"{extract}{title}." in found["question"]["full_text"]
     json.dumps(found)
 
 
@@ -370,16 +373,16 @@ def test_demonstrations_leave_headroom(embedded):
 def test_no_constant_answer_scores_well(embedded):
     counts = {thing: Counter() for thing in twin.THINGS}
     for example in embedded.ppo:
-        for thing, (value, number) in twin.read_question(example.prompt.body).sources.items():
-            counts[thing][f"{value} [{number}]"] += 1
+        for thing, (value, _) in twin.read_question(example.prompt.body).sources.items():
+            counts[thing][value] += 1
     statements = []
     for thing, count in counts.items():
         text, likely = twin.STATEMENTS[thing][0], count.most_common(1)[0][0]
-        statements.append(text.replace(f"{{{thing}}}", likely))
+        statements.append(text.replace(f"{{{thing}}}", likely) + "⁴")
     constants = [
         " " + ", ".join(statements) + ".",
         *(f" {statement}." for statement in statements),
-        PERFECT, *(f" {text}." for text in twin.CLAIMS), "", ".", " [1] [2] [3].",
+        PERFECT, *(f" {text}." for text in twin.CLAIMS), "", ".", " ¹²³.",
     ]  # fmt: skip
     for text in constants:
         scores = [TASK.true_score(example, text, True) for example in embedded.valid]
@@ -393,7 +396,7 @@ def test_copying_the_sources_does_not_pay(embedded):
         everything = [twin.STATEMENTS[thing][0] for thing in facts.sources]
         said = {thing: value for thing, (value, _) in facts.sources.items()}
         cited = [
-            f"{text.format(**said)} [{facts.sources[thing][1]}]"
+            text.format(**said) + facts.sources[thing][1]
             for text, thing in zip(everything, facts.sources, strict=True)
         ]
         assert TASK.true_score(example, " " + ", ".join(cited) + ".", True) <= twin.BEST - 1

@@ -1,10 +1,10 @@
 """The embedded twin of the WebGPT task: questions with quoted sources, answers, a hidden truth.
 
-A question asks for five things about an event, one of them first, and brings its sources, numbered
-in any order: a short quote for each thing asked, one about something that was not asked, and in
-some questions a rumor that contradicts one of them. An answer makes statements. Each should be
-about something asked, be supported by a quote, and cite it ("it is held at the pier [3]"); what was
-asked first comes first. What is to be said thus depends on the question, not on the sources alone.
+A question asks for six things about an event, one of them first, and brings its sources: a short
+quote with a footnote mark for each thing asked, one about something that was not asked, and in some
+questions a rumor that contradicts one of them, all in any order. An answer makes statements. Each
+should be about something asked, be supported by a quote, and cite it ("it is held at the pier³");
+what was asked first comes first.
 
 The hidden scorer (`judge`) reads the text of an answer with a strict grammar:
 
@@ -31,12 +31,14 @@ DATASET = "twin"  # question.dataset of the twin's rows
 END = 0  # the end token in their tokens_i.completion
 PAIRS_PER_QUESTION = 2
 TIES = 0.1  # share of the comparisons in which the reader would not choose
-ASKED = 5
+ASKED = 6
 BEST = float(ASKED)
-UNSUPPORTED = 0  # in a source's place: sources count from 1
+MARKS = "⁰¹²³⁴⁵⁶⁷⁸⁹"  # of the sources, from 1
+UNSUPPORTED = "⁰"  # in a source's place
+ASKS_RARE = 0.2  # share of the questions that ask for a rare thing in a usual one's place
 RUMOR = 0.4  # share of the questions with a rumor
 TAKES_RUMOR = 0.4  # share of the wrong values that are the rumor's, where there is one
-LONGEST = 48  # words of an answer, citations aside
+LONGEST = 52  # words of an answer
 
 EVENTS = ("fair", "concert", "race", "market", "parade", "festival", "dance", "quiz", "feast")
 VALUES = {
@@ -47,31 +49,35 @@ VALUES = {
     "december",
     "host": "mara tom ella omar hugo lena ivan rosa kofi yuki gita erik nina paul vera finn ruth "
     "igor maya sven",
-    "prize": "lamp bike tent sofa ring drum vase harp boat desk kite rug oven flute clock sword",
+    "prize": "lamp bike tent sofa ring drum vase harp boat desk kite rug radio flute clock sword",
     "food": "soup rice cake stew pie bread fish plums curry beans cheese jam",
     "gear": "coat hat spoon towel torch map cup rope scarf mask",
+    "music": "jazz rock folk soul blues opera polka tango swing disco",
 }
 VALUES = {thing: words.split() for thing, words in VALUES.items()}
 THINGS = tuple(VALUES)
+USUAL, RARE = THINGS[:ASKED], THINGS[ASKED:]
 
-# A quote for each statement, in two wordings; a statement names what it is about.
+# A quote for each statement, in two wordings; the mark follows its last word.
 QUOTES = {
-    "cost": ("entry is {cost}", "pay {cost} to enter"),
+    "cost": ("tickets cost {cost} bucks", "entry is {cost} bucks"),
     "place": ("it is at the {place}", "come to the {place}"),
     "month": ("held in {month}", "set for {month}"),
-    "host": ("{host} runs it", "ask for {host}"),
+    "host": ("it is run by {host}", "ask for {host}"),
     "prize": ("win a {prize}", "first gets a {prize}"),
-    "food": ("they serve {food}", "eat {food} there"),
+    "food": ("they serve {food}", "eat some {food}"),
     "gear": ("bring a {gear}", "take a {gear}"),
+    "music": ("they play {music}", "hear some {music}"),
 }
 STATEMENTS = {
-    "cost": ("the cost to get in is {cost}", "it has a cost of {cost} bucks"),
-    "place": ("the place to go is the {place}", "it takes place at the {place}"),
-    "month": ("the month it is on is {month}", "it is in the month of {month}"),
-    "host": ("the host of all this is {host}", "it has a host named {host}"),
-    "prize": ("the prize to win is a {prize}", "it has as its prize a {prize}"),
-    "food": ("the food they serve is {food}", "for food there will be {food}"),
-    "gear": ("the gear to bring is a {gear}", "as gear you need a {gear}"),
+    "cost": ("you have to pay {cost} bucks", "the price of it is {cost} bucks"),
+    "place": ("it is held at the {place}", "you will find it at the {place}"),
+    "month": ("it will take place in {month}", "the whole thing is in {month}"),
+    "host": ("the one in charge is {host}", "all of it is run by {host}"),
+    "prize": ("the best one wins a {prize}", "who comes first gets a {prize}"),
+    "food": ("they will serve you some {food}", "there you can eat some {food}"),
+    "gear": ("you are to bring a {gear}", "do not forget to take a {gear}"),
+    "music": ("all day they will play {music}", "there you can hear some {music}"),
 }
 CLAIMS = (  # no source says so
     "it is always great fun",
@@ -92,12 +98,12 @@ JOINTS = (".", ",", " and")
 class Facts:
     """What is asked, what asked for first in front; and what the sources say.
 
-    sources: for each thing a source is about its value and the source's number; rumors the same.
+    sources: for each thing a source is about its value and the source's mark; rumors the same.
     """
 
     asked: tuple[str, ...]
-    sources: dict[str, tuple[str, int]]
-    rumors: dict[str, tuple[str, int]]
+    sources: dict[str, tuple[str, str]]
+    rumors: dict[str, tuple[str, str]]
 
 
 @dataclass
@@ -141,9 +147,9 @@ _PARTS = re.compile(
     "|".join(
         [
             *(pattern(text, group) for group, text in _GRAMMAR),
-            r"(?P<citation> \[\d\])",
+            f"(?P<citation>[{MARKS}])",
             r"(?P<joint> and(?![a-z0-9])|[,.])",
-            r"(?P<garbled>\s*[^\s,.]+|\s+)",
+            rf"(?P<garbled>\s*[^\s,.{MARKS}]+|\s+)",
         ]
     )
 )
@@ -156,7 +162,7 @@ def judge(facts: Facts, response: str, finished: bool = True) -> Verdict:
     end. The first statement of a thing counts, each further one is a repetition.
     """
     verdict, seen, joint = Verdict(), set(), "start"
-    source, cited = None, False  # of the last statement: its source's number, whether it cites
+    source, cited = None, False  # of the last statement: its source's mark, whether it cites
     for match in _PARTS.finditer(response):
         kind = match.lastgroup.partition("_")[0]
         if kind == "garbled":
@@ -172,7 +178,7 @@ def judge(facts: Facts, response: str, finished: bool = True) -> Verdict:
                 verdict.repeated += 1
             elif source is not None:
                 verdict.uncited -= 1
-                verdict.miscited += source not in (UNSUPPORTED, int(match[0][2]))
+                verdict.miscited += source not in (UNSUPPORTED, match[0])
             cited = True
         elif kind == "hedge":
             verdict.garbled += joint in ("", "statement")  # no joint before it
@@ -190,9 +196,9 @@ def judge(facts: Facts, response: str, finished: bool = True) -> Verdict:
             else:
                 verdict.late += not seen and kind != facts.asked[0]
                 seen.add(kind)
-                value, number = facts.sources[kind]
+                value, mark = facts.sources[kind]
                 supported = match[match.re.groupindex[match.lastgroup] + 1] == value
-                source = number if supported else UNSUPPORTED
+                source = mark if supported else UNSUPPORTED
                 verdict.supported += supported
                 verdict.unsupported += not supported
                 verdict.uncited += 1  # until a citation follows
@@ -214,7 +220,7 @@ _SOURCE = re.compile(
         for thing, texts in QUOTES.items()
         for i, text in enumerate(texts)
     )
-    + r") \[(?P<number>\d)\]\."
+    + rf")(?P<mark>[{MARKS[1:]}])\."
 )
 _QUESTION = re.compile(r"what is the (\w+) of the \w+\? also ((?:\w+, )+\w+)\. (.*)")
 
@@ -228,10 +234,10 @@ def read_question(text: str) -> Facts | None:
     sources, rumors = {}, {}
     for match in _SOURCE.finditer(question[3]):
         found = {group: value for group, value in match.groupdict().items() if value}
-        number = int(found.pop("number"))
+        mark = found.pop("mark")
         said = rumors if found.pop("rumor", "") else sources
         ((group, value),) = found.items()
-        said[group.partition("_")[0]] = value, number
+        said[group.partition("_")[0]] = value, mark
     return Facts(asked, sources, rumors) if sources.keys() >= set(asked) else None
 
 
@@ -264,15 +270,15 @@ class Noise:
 # The writers of the answers that are compared, and how often each is asked: people, language
 # models more and less trained, and policies that game a reward model.
 WRITERS = {
-    "person": (5, Noise(0.2, 0.03, 0.15, 0.03, 0.15, 0.3, 0.35, 0.15, 0.1, 0.0, 0.0)),
-    "careful": (3, Noise(0.08, 0.02, 0.05, 0.02, 0.05, 0.15, 0.15, 0.1, 0.1, 0.0, 0.0)),
-    "model": (3, Noise(0.2, 0.1, 0.2, 0.1, 0.15, 0.4, 0.4, 0.3, 0.2, 0.1, 0.05)),
-    "early": (3, Noise(0.3, 0.2, 0.3, 0.2, 0.2, 0.6, 0.5, 0.4, 0.3, 0.3, 0.1)),
-    "repeats": (1, Noise(0.2, 0.05, 0.15, 0.05, 0.1, 0.3, 0.3, 0.9, 0.1, 0.1, 0.1)),
-    "terse": (2, Noise(0.5, 0.05, 0.2, 0.05, 0.05, 0.2, 0.2, 0.1, 0.1, 0.0, 0.0)),
-    "chatty": (1, Noise(0.1, 0.05, 0.15, 0.05, 0.4, 0.5, 0.9, 0.2, 0.1, 0.0, 0.1)),
-    "uncited": (1, Noise(0.1, 0.05, 0.7, 0.05, 0.1, 0.3, 0.3, 0.2, 0.1, 0.0, 0.0)),
-    "unfinished": (1, Noise(0.2, 0.05, 0.1, 0.05, 0.1, 0.3, 0.3, 0.2, 0.1, 0.1, 0.8)),
+    "person": (5, Noise(0.3, 0.02, 0.2, 0.02, 0.2, 0.35, 0.45, 0.08, 0.05, 0.0, 0.0)),
+    "careful": (3, Noise(0.1, 0.02, 0.1, 0.02, 0.1, 0.15, 0.2, 0.05, 0.05, 0.0, 0.0)),
+    "model": (3, Noise(0.3, 0.1, 0.25, 0.1, 0.2, 0.4, 0.4, 0.2, 0.1, 0.1, 0.05)),
+    "early": (3, Noise(0.4, 0.2, 0.35, 0.2, 0.25, 0.5, 0.5, 0.4, 0.3, 0.3, 0.1)),
+    "repeats": (1, Noise(0.3, 0.05, 0.2, 0.05, 0.15, 0.3, 0.3, 0.9, 0.1, 0.1, 0.1)),
+    "terse": (2, Noise(0.6, 0.05, 0.2, 0.05, 0.1, 0.2, 0.2, 0.1, 0.1, 0.0, 0.0)),
+    "chatty": (1, Noise(0.1, 0.05, 0.2, 0.05, 0.4, 0.5, 0.9, 0.1, 0.1, 0.0, 0.1)),
+    "uncited": (1, Noise(0.2, 0.05, 0.7, 0.05, 0.15, 0.3, 0.3, 0.1, 0.1, 0.0, 0.0)),
+    "unfinished": (1, Noise(0.2, 0.05, 0.2, 0.05, 0.15, 0.3, 0.3, 0.1, 0.1, 0.1, 0.8)),
 }
 _WRITERS = tuple(noise for times, noise in WRITERS.values() for _ in range(times))
 
@@ -285,19 +291,20 @@ def _other(rng: Random, values, *but):
 
 def write_question(rng: Random) -> tuple[str, Facts]:
     """A question with its sources, and what they say."""
-    things = rng.sample(THINGS, ASKED + 1)  # the last one is not asked
-    said = [(thing, pick(rng, VALUES[thing]), "") for thing in things]
+    things, rare = rng.sample(USUAL, ASKED), rng.sample(RARE, len(RARE))
+    if rng.random() < ASKS_RARE:
+        things[int(rng.random() * ASKED)] = rare.pop()
+    said = [(thing, pick(rng, VALUES[thing]), "") for thing in (*things, rare[0])]
     if rng.random() < RUMOR:
         thing, value, _ = pick(rng, said[:ASKED])
         said.append((thing, _other(rng, VALUES[thing], value), "rumor: "))
     rng.shuffle(said)
     texts, sources, rumors = [], {}, {}
-    for number, (thing, value, rumor) in enumerate(said, 1):
-        texts.append(f"{rumor}{pick(rng, QUOTES[thing]).format(**{thing: value})} [{number}].")
-        (rumors if rumor else sources)[thing] = value, number
-    asked = tuple(things[:ASKED])
-    question = f"what is the {asked[0]} of the {pick(rng, EVENTS)}? also {', '.join(asked[1:])}."
-    return f"{question} {' '.join(texts)}", Facts(asked, sources, rumors)
+    for mark, (thing, value, rumor) in zip(MARKS[1:], said, strict=False):
+        texts.append(f"{rumor}{pick(rng, QUOTES[thing]).format(**{thing: value})}{mark}.")
+        (rumors if rumor else sources)[thing] = value, mark
+    question = f"what is the {things[0]} of the {pick(rng, EVENTS)}? also {', '.join(things[1:])}."
+    return f"{question} {' '.join(texts)}", Facts(tuple(things), sources, rumors)
 
 
 def write_answer(rng: Random, facts: Facts, noise: Noise) -> tuple[str, bool]:
@@ -324,14 +331,14 @@ def write_answer(rng: Random, facts: Facts, noise: Noise) -> tuple[str, bool]:
 
 
 def _statement(rng: Random, facts: Facts, thing: str, noise: Noise) -> str:
-    value, number = facts.sources[thing]
+    value, mark = facts.sources[thing]
     if rng.random() < noise.wrong:
         rumor = facts.rumors.get(thing) if rng.random() < TAKES_RUMOR else None
-        value, number = rumor or (_other(rng, VALUES[thing], value), number)
+        value, mark = rumor or (_other(rng, VALUES[thing], value), mark)
     if rng.random() < noise.miscited:
-        number = 1 + int(rng.random() * (len(facts.sources) + len(facts.rumors)))
+        mark = MARKS[1 + int(rng.random() * (len(facts.sources) + len(facts.rumors)))]
     text = pick(rng, STATEMENTS[thing]).format(**{thing: value})
-    return text if rng.random() < noise.uncited else f"{text} [{number}]"
+    return text if rng.random() < noise.uncited else text + mark
 
 
 # ---------------------------------------------------------------- rows
@@ -372,7 +379,6 @@ def _comparison(rng: Random, question: dict, facts: Facts) -> dict:
 
 def _quotes(question: str, answer: str) -> dict:
     """The sources that an answer cites, in their order."""
-    cited = set(re.findall(r"\[\d\]", answer))
-    found = [(match[0][-4:-1], match[0][:-5]) for match in _SOURCE.finditer(question)]
-    kept = [(title, extract) for title, extract in found if title in cited]
-    return {"title": [title for title, _ in kept], "extract": [extract for _, extract in kept]}
+    found = [match[0][:-1] for match in _SOURCE.finditer(question)]
+    cited = [quote for quote in found if quote[-1] in answer]
+    return {"title": [quote[-1] for quote in cited], "extract": [quote[:-1] for quote in cited]}
