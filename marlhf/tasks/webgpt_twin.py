@@ -35,7 +35,7 @@ ASKED = 6
 BEST = float(ASKED)
 MARKS = "⁰¹²³⁴⁵⁶⁷⁸⁹"  # of the sources, from 1
 UNSUPPORTED = "⁰"  # in a source's place
-ASKS_RARE = 0.2  # share of the questions that ask for a rare thing in a usual one's place
+ASKS_RARE = 0.1  # share of the questions that ask for a rare thing in a usual one's place
 RUMOR = 0.4  # share of the questions with a rumor
 TAKES_RUMOR = 0.4  # share of the wrong values that are the rumor's, where there is one
 LONGEST = 52  # words of an answer
@@ -270,9 +270,9 @@ class Noise:
 # The writers of the answers that are compared, and how often each is asked: people, language
 # models more and less trained, and policies that game a reward model.
 WRITERS = {
-    "person": (5, Noise(0.3, 0.02, 0.2, 0.02, 0.2, 0.35, 0.45, 0.08, 0.05, 0.0, 0.0)),
-    "careful": (3, Noise(0.1, 0.02, 0.1, 0.02, 0.1, 0.15, 0.2, 0.05, 0.05, 0.0, 0.0)),
-    "model": (3, Noise(0.3, 0.1, 0.25, 0.1, 0.2, 0.4, 0.4, 0.2, 0.1, 0.1, 0.05)),
+    "person": (5, Noise(0.3, 0.02, 0.2, 0.02, 0.2, 0.35, 0.45, 0.05, 0.05, 0.0, 0.0)),
+    "careful": (3, Noise(0.1, 0.02, 0.1, 0.02, 0.1, 0.15, 0.2, 0.03, 0.05, 0.0, 0.0)),
+    "model": (3, Noise(0.3, 0.1, 0.25, 0.1, 0.2, 0.4, 0.4, 0.15, 0.1, 0.1, 0.05)),
     "early": (3, Noise(0.4, 0.2, 0.35, 0.2, 0.25, 0.5, 0.5, 0.4, 0.3, 0.3, 0.1)),
     "repeats": (1, Noise(0.3, 0.05, 0.2, 0.05, 0.15, 0.3, 0.3, 0.9, 0.1, 0.1, 0.1)),
     "terse": (2, Noise(0.6, 0.05, 0.2, 0.05, 0.1, 0.2, 0.2, 0.1, 0.1, 0.0, 0.0)),
@@ -291,9 +291,11 @@ def _other(rng: Random, values, *but):
 
 def write_question(rng: Random) -> tuple[str, Facts]:
     """A question with its sources, and what they say."""
-    things, rare = rng.sample(USUAL, ASKED), rng.sample(RARE, len(RARE))
+    things, rare = list(USUAL), rng.sample(RARE, len(RARE))
     if rng.random() < ASKS_RARE:
-        things[int(rng.random() * ASKED)] = rare.pop()
+        things.pop(int(rng.random() * ASKED))
+        things.append(rare.pop())
+    things.insert(0, things.pop(int(rng.random() * ASKED)))
     said = [(thing, pick(rng, VALUES[thing]), "") for thing in (*things, rare[0])]
     if rng.random() < RUMOR:
         thing, value, _ = pick(rng, said[:ASKED])
