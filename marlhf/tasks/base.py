@@ -98,6 +98,7 @@ class Task:
     name = ""
     hub = ""  # the hub set that source="hub" reads
     folders: Sequence[str] = ()  # its configurations, where only some are wanted
+    held_out = 0.1  # the largest share of the prompts that is held out
 
     def twin(self, data: DataConfig) -> list[dict]:
         """Rows of the embedded twin, in the hub set's own columns."""
@@ -146,14 +147,14 @@ class Task:
         """Reads the source, splits it by prompt (data.split, shuffled with data.seed).
 
         Held-out prompts are set aside first: from the source's own validation or test rows where
-        it has training rows beside them, else `data.valid` prompts, of few at most a tenth.
+        it has training rows beside them, else `data.valid` prompts, of few at most `held_out`.
         Deterministic, and independent of the order of rows in which prompts first appear.
         """
         dropped: Counter[str] = Counter()
         entries = _gather(self.rows(data), self.read, dropped)
         if not entries:
             raise DataError(f"{data.source}: no rows to use; dropped: {dict(dropped) or 'none'}")
-        keys = split_keys(entries, data)
+        keys = split_keys(entries, data, self.held_out)
         parts = {part: [entries[key] for key in keys[part]] for part in keys}
         examples = {part: [_example(entry) for entry in parts[part]] for part in parts}
         sft = [example for example in examples["sft"] if example.response]
@@ -205,7 +206,9 @@ def _gather(rows: Iterable[Row], read, dropped: Counter[str]) -> dict[str, _Entr
     return entries
 
 
-def split_keys(entries: dict[str, _Entry], data: DataConfig) -> dict[str, list[str]]:
+def split_keys(
+    entries: dict[str, _Entry], data: DataConfig, held_out: float
+) -> dict[str, list[str]]:
     """Keys of each part. A key's place in the shuffle depends on data.seed and itself only."""
     order = sorted(entries, key=lambda key: hashlib.sha256(f"{data.seed}:{key}".encode()).digest())
     held = [key for key in order if entries[key].held]
@@ -213,7 +216,7 @@ def split_keys(entries: dict[str, _Entry], data: DataConfig) -> dict[str, list[s
         free = [key for key in order if not entries[key].held]
         valid = held[: data.valid]
     else:
-        count = min(data.valid, max(1, len(order) // 10))
+        count = min(data.valid, max(1, int(len(order) * held_out)))
         valid, free = order[:count], order[count:]
     parts, start, total = {"valid": valid}, 0, 0.0
     for part, share in zip(PARTS, data.split, strict=True):
