@@ -6,7 +6,7 @@ SCALE   ?= tiny
 WORKERS ?=
 ENV     ?= venv
 NAME    ?=
-FIGURES := fig02_tldr
+FIGURES := fig02_tldr fig13_hh fig15_webgpt table3_apps
 
 export MARLHF_RUNS    ?= $(CURDIR)/runs
 export MARLHF_RESULTS ?= $(CURDIR)/results
