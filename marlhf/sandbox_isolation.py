@@ -234,4 +234,5 @@ class Worker:
         for stream in (self.process.stdin, self.process.stdout, self.errors):
             with contextlib.suppress(OSError):
                 stream.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            sandbox_worker.remove_tree(self.folder)
