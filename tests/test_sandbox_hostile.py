@@ -19,6 +19,7 @@ import pytest
 from hostile import HOSTILE, Hostile
 
 from marlhf.sandbox import Limits, Program, Sandbox, SandboxError, Test, Verdict
+from marlhf.sandbox_locks import can_filter
 
 LIMITS = Limits(cpu_seconds=1.0, wall_seconds=0.8, memory_mib=192)
 GOOD = Program("print(sum(map(int, input().split())))", [Test("1 2 3", "6")])
@@ -77,7 +78,7 @@ def run_all(isolation: str, targets: dict, chosen=HOSTILE) -> dict[str, Verdict]
     order = random.Random(time.time_ns()).sample(chosen, len(chosen))
     print("order:", *(h.name for h in order))  # pytest shows it when something fails
     try:
-        box = Sandbox(workers=2, limits=LIMITS, trusted=True, isolation=isolation)
+        box = Sandbox(workers=3, limits=LIMITS, trusted=True, isolation=isolation)
     except SandboxError as error:
         pytest.skip(str(error))
     with box:
@@ -97,6 +98,7 @@ def test_namespaces_hold_every_program(isolation, targets):
     assert os.listdir(targets["home"]) == ["file"]
 
 
+@pytest.mark.skipif(not can_filter(), reason="without seccomp they would harm this very session")
 def test_limits_hold_all_but_the_listed_programs(targets):
     verdicts = run_all("limits", targets)
     wrong = {h.name: verdicts[h.name] for h in HOSTILE if not held(h, verdicts[h.name])}
