@@ -20,6 +20,14 @@ STAMP := .venv/.installed
 endif
 NOTEBOOK := $(PY) notebooks/run.py --scale $(SCALE) $(if $(WORKERS),-p workers $(WORKERS))
 
+# The sandbox's best isolation, where it may be installed: as root or by sudo without a password.
+APT := timeout 120 env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=0 -o Acquire::http::Timeout=15
+BUBBLEWRAP = if command -v apt-get >/dev/null && ! command -v bwrap >/dev/null; then \
+	  root=$$(test "$$(id -u)" = 0 || echo sudo -n); \
+	  { $$root $(APT) install -y bubblewrap || \
+	    { $$root $(APT) update && $$root $(APT) install -y bubblewrap; }; } >/dev/null 2>&1 </dev/null || \
+	  echo 'bubblewrap is not here and could not be installed: the sandbox goes on without' >&2; fi
+
 .DEFAULT_GOAL := help
 .PHONY: help setup reproduce figure plan lab test stress lint bench clean
 
@@ -39,6 +47,7 @@ setup: $(STAMP)  ## make .venv from requirements.lock (the other targets do it w
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check \
 	  --no-deps --no-build-isolation -e .
+	@$(BUBBLEWRAP)
 	@touch $@
 
 reproduce: $(STAMP)  ## every figure and table: results/$(SCALE)/ and the README's numbers

@@ -42,6 +42,13 @@ class Limits:
     file_kib: int = 64  # the largest file; all files together at most 16 times that
     processes: int = 16  # threads at once; where seccomp works there is only one process
 
+    def __post_init__(self):
+        least = {"memory_mib": 64, "file_kib": 0, "processes": 1, "output_kib": 1}
+        for field in dataclasses.fields(self):
+            value, at_least = getattr(self, field.name), least.get(field.name, 0.01)
+            if not value >= at_least:
+                raise ValueError(f"{field.name}={value}: at least {at_least}")
+
 
 @dataclass(frozen=True)
 class Test:
@@ -237,6 +244,8 @@ class Sandbox:
                 "trusted=True (sandbox.allow_unsafe=true in a config) if the programs are harmless"
             )
         _say_once(self.isolation)
+        self._closed = False
+        self._turn = threading.Lock()
         self.limits = limits
         self._workers: list[Worker | None] = [None] * (workers or _processors())
 
@@ -247,6 +256,8 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
+        """End the workers and whatever they run."""
+        self._closed = True
         for slot, worker in enumerate(self._workers):
             if worker is not None:
                 worker.close()
@@ -257,19 +268,22 @@ class Sandbox:
         said = ""
         for _ in range(2):
             try:
-                if self._workers[slot] is None:
-                    self._workers[slot] = Worker(self._plan)
-                return _run_program(self._workers[slot], program, self.limits)
+                worker = self._workers[slot] = self._workers[slot] or Worker(self._plan)
+                return _run_program(worker, program, self.limits)
             except WorkerDied as error:
                 said = f"the worker died: {error}"
                 if self._workers[slot] is not None:
                     self._workers[slot].close()
                     self._workers[slot] = None
+            if self._closed:  # from another thread: what runs is given up
+                break
         return Verdict(True, (KILLED,) * len(program.tests), said[:300])
 
     def run(self, programs: Sequence[Program]) -> list[Verdict]:
         """A verdict for each program, in order. Raises ValueError for a program without tests or
         with arguments that are not a list or tuple of what JSON has."""
+        if self._closed:
+            raise SandboxError("this sandbox is closed")
         for row, program in enumerate(programs):
             if not program.tests:
                 raise ValueError(f"program {row} has no tests")
@@ -283,7 +297,7 @@ class Sandbox:
 
         def work(slot: int) -> None:
             try:
-                while not failures:
+                while not failures and not self._closed:
                     index = todo.get_nowait()
                     verdicts[index] = self._one(slot, programs[index])
             except queue.Empty:
@@ -293,10 +307,11 @@ class Sandbox:
 
         count = min(len(self._workers), len(programs))
         threads = [threading.Thread(target=work, args=(s,), daemon=True) for s in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with self._turn:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
         if failures:
             raise failures[0]
         return verdicts

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marlhf import sandbox_locks, sandbox_worker
+from marlhf import sandbox_locks, sandbox_program, sandbox_worker
 
 KINDS = ("bubblewrap", "unshare", "limits")  # the strongest first
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -138,7 +138,7 @@ class Plan:
                 options += ["--symlink", target, path]
             for path in _DEVICES:
                 options += ["--dev-bind", path, path]
-            for module in (sandbox_worker, sandbox_locks):
+            for module in (sandbox_worker, sandbox_program, sandbox_locks):
                 options += ["--ro-bind", module.__file__, f"/worker/{Path(module.__file__).name}"]
             options += ["--dir", "/worker", "--dir", "/box", "--chdir", "/box", "--remount-ro", "/"]
             inside = f"/worker/{Path(worker).name}"
@@ -234,4 +234,5 @@ class Worker:
         for stream in (self.process.stdin, self.process.stdout, self.errors):
             with contextlib.suppress(OSError):
                 stream.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            sandbox_worker.remove_tree(self.folder)

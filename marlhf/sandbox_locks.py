@@ -4,9 +4,10 @@ capabilities, seccomp. Linux; standard library only, because it runs inside the 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
-import platform
 import struct
+import sys
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x00020000, 0x08000000, 0x20000000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_REMOUNT = 1, 2, 4, 32
@@ -66,7 +67,7 @@ def enter_root(folder: str, binds: list[str], links: dict[str, str], box: str) -
         os.symlink(target, folder + path)
     os.makedirs(folder + box)
     os.chdir(folder)
-    number = 155 if platform.machine() == "x86_64" else 41  # pivot_root has no wrapper in libc
+    number = 155 if os.uname().machine == "x86_64" else 41  # pivot_root has no wrapper in libc
     _call("syscall", ctypes.c_long(number), b".", b".")
     _call("umount2", b".", 2)  # the old root, stacked under the new one; MNT_DETACH
     os.chdir("/")
@@ -143,7 +144,7 @@ _CLONE_THREAD = 0x00010000
 def _filter() -> tuple[bytes, list[int]] | None:
     """A seccomp program, and the offsets at which the process's own number belongs."""
     try:
-        column, audit = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}[platform.machine()]
+        column, audit = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}[os.uname().machine]
     except KeyError:
         return None
     program: list[tuple[int, int, int, int]] = []
@@ -184,6 +185,17 @@ def _filter() -> tuple[bytes, list[int]] | None:
 
 
 _FILTER = _filter()
+
+
+def can_filter() -> bool:
+    """Whether `filter_system_calls` works here."""
+    if _FILTER is None or sys.platform != "linux":
+        return False
+    try:
+        _prctl(_PR_SET_SECCOMP, 2)  # without a program: EFAULT from a kernel that has filters
+    except OSError as error:
+        return error.errno == errno.EFAULT
+    return False
 
 
 def filter_system_calls() -> bool:

@@ -15,37 +15,32 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
+import itertools
 import json
 import math
 import os
-import resource
+import random
 import select
-import shutil
 import signal
+import stat
 import struct
 import sys
 import tempfile
 import time
 from typing import Any
 
-# What programs import most: loaded once here, shared by every fork.
-WARM = (
-    "array ast bisect calendar cmath collections collections.abc contextlib copy dataclasses "
-    "datetime decimal enum fractions functools gc heapq inspect io itertools json keyword math "
-    "numbers operator os pprint queue random re statistics string struct sys textwrap threading "
-    "time traceback types typing unicodedata warnings weakref"
-)
-# The names the APPS grader puts before every solution (numpy aside).
-PRELUDE = """
-import sys, time, itertools, collections, math, fractions, random, heapq, functools, re, string
-from itertools import accumulate, product, permutations, combinations
-from collections import Counter, OrderedDict, deque, defaultdict, ChainMap
-from functools import lru_cache
-from math import sqrt, sin, cos, tan, ceil, fabs, floor, gcd, exp, log, log2
-from typing import *
-from heapq import *
-"""
-STACK = 64 << 20  # bytes: recursion as deep as competition programs use it
+if __package__:
+    from marlhf import sandbox_locks as locks
+    from marlhf import sandbox_program as test_process
+else:  # as a script, inside
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import sandbox_locks as locks
+    import sandbox_program as test_process
+
+    del sys.path[0]
+
+_exit = os._exit  # as it was before any program could replace it
 LINUX = sys.platform == "linux"
 LIBRARY = 60  # the descriptor of `_library_by_descriptor`
 
@@ -74,99 +69,6 @@ def _exactly(fd: int, size: int) -> bytes | None:
         parts.append(part)
         size -= len(part)
     return b"".join(parts)
-
-
-# ---------------------------------------------------------------------------- the test
-
-
-def _limit(kind: int, soft: int, hard: int | None = None) -> None:
-    ceiling = resource.getrlimit(kind)[1]
-    wanted = (soft, soft if hard is None else hard)
-    if ceiling != resource.RLIM_INFINITY:
-        wanted = (min(wanted[0], ceiling), min(wanted[1], ceiling))
-    with contextlib.suppress(OSError, ValueError):  # macOS refuses some
-        resource.setrlimit(kind, wanted)
-
-
-def lock_in(setup: dict[str, Any], limits: dict[str, Any]) -> None:
-    """Everything that this process may no longer do, before any program code runs in it."""
-    seconds = math.ceil(limits["cpu_seconds"])
-    _limit(resource.RLIMIT_CPU, seconds, seconds + 1)
-    _limit(resource.RLIMIT_FSIZE, limits["file_kib"] << 10)
-    _limit(resource.RLIMIT_STACK, STACK)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_NOFILE, 64)
-    _limit(resource.RLIMIT_MEMLOCK, 0)
-    if LINUX:
-        _limit(resource.RLIMIT_MSGQUEUE, 0)
-        locks.drop_privileges(setup["uid"])
-        locks.die_with_parent()
-    elif setup["uid"] is not None:
-        os.setgroups([])
-        os.setgid(setup["uid"])
-        os.setuid(setup["uid"])
-    if setup["tasks"] is not None:
-        _limit(resource.RLIMIT_NPROC, setup["tasks"] + limits["processes"])
-    _limit(resource.RLIMIT_AS, limits["memory_mib"] << 20)
-    if LINUX and setup["seccomp"]:
-        locks.filter_system_calls()
-
-
-def _call_function(names: dict[str, Any], function: str, arguments: list[Any]) -> Any:
-    """The function of that name, or the method of `class Solution`; as the APPS grader calls it."""
-    with contextlib.suppress(Exception):  # JSON has no integer keys
-        if isinstance(arguments[0], dict):
-            arguments = [{int(k): v for k, v in arguments[0].items()}]
-    if "Solution" in names and hasattr(names["Solution"], function):
-        return getattr(names["Solution"](), function)(*arguments)
-    return names[function](*arguments)
-
-
-def run_test(program: dict[str, Any], given: Any, status: int, result: int) -> int:
-    """Compile and run; the exit status. `status` is told that it compiled and closed before."""
-    import atexit
-    import random
-    import threading
-    import traceback
-    import types
-
-    try:
-        code = compile(program["source"], "<program>", "exec", dont_inherit=True)
-    except BaseException as error:
-        os.write(status, ("!" + "".join(traceback.format_exception_only(error)))[:2000].encode())
-        return 1
-    os.write(status, b"+")
-    os.close(status)
-    name = "__main__" if program["function"] is None else "program"
-    module = types.ModuleType(name)
-    module.__dict__.update(_prelude)
-    sys.modules[name] = module
-    for fd, stream, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        file = open(fd, mode, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-        setattr(sys, stream, file)
-        setattr(sys, f"__{stream}__", file)
-    random.seed(0)  # the same program on the same test gives the same verdict
-    code_out = 0
-    try:
-        exec(code, module.__dict__)
-        if program["function"] is not None:
-            value = _call_function(module.__dict__, program["function"], given)
-            data = json.dumps(value).encode()
-            while data:
-                data = data[os.write(result, data) :]
-    except SystemExit as error:
-        code_out = error.code if isinstance(error.code, int) else int(error.code is not None)
-    except BaseException as error:
-        code_out = 1
-        line = traceback.format_exception_only(error)[-1].strip()
-        os.write(2, f"\n{line[:500]}".encode(errors="replace"))
-    try:
-        threading._shutdown()
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-    except BaseException:
-        code_out = code_out or 1
-    return code_out & 255
 
 
 # ---------------------------------------------------------------------------- the guard
@@ -241,7 +143,7 @@ def guard(setup: dict[str, Any], program: dict[str, Any], inputs: list[Any], rep
         finally:
             os.chdir("/")
             if not setup["namespaces"]:
-                _remove(box)
+                remove_tree(box)
         send(report, found)
         if found["stage"] != "+":
             return
@@ -278,13 +180,13 @@ def _start_test(
             os.closerange(len(kept), LIBRARY)
             os.closerange(LIBRARY + 1, 256)
             try:
-                lock_in(setup, program["limits"])
+                test_process.lock_in(setup, program["limits"])
             except BaseException as error:
                 os.write(4, f"?{type(error).__name__}: {error}"[:500].encode())
                 raise
-            code = run_test(program, given, status=4, result=3)
+            code = test_process.run_test(program, given, status=4, result=3)
         finally:
-            os._exit(code)
+            _exit(code)
     os.close(stdin)
     return pid
 
@@ -356,16 +258,28 @@ def _guard_test(
     }
 
 
-def _remove(folder: str) -> None:
-    def open_up(function: Any, path: str, _: Any) -> None:
-        with contextlib.suppress(OSError):
-            os.chmod(os.path.dirname(path), 0o700)
-            os.chmod(path, 0o700, follow_symlinks=False) if not os.path.islink(path) else None
-            function(path)
-
-    shutil.rmtree(folder, onerror=open_up)
-    if os.path.isdir(folder):
-        shutil.rmtree(folder, ignore_errors=True)
+def remove_tree(folder: str) -> None:
+    """`folder` and all in it, however deep and whatever the permissions: what has children is
+    emptied into the top, so that no path grows."""
+    os.chmod(folder, 0o700)
+    top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    turn = itertools.count()
+    try:
+        while names := os.listdir(top):
+            for name in names:
+                if not stat.S_ISDIR(os.lstat(name, dir_fd=top).st_mode):
+                    os.unlink(name, dir_fd=top)
+                    continue
+                os.chmod(name, 0o700, dir_fd=top)
+                inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+                for child in os.listdir(inner):
+                    moved = f"{os.getpid()}-{random.random()}-{next(turn)}"
+                    os.rename(child, moved, src_dir_fd=inner, dst_dir_fd=top)
+                os.close(inner)
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    os.rmdir(folder)
 
 
 # ---------------------------------------------------------------------------- the worker
@@ -421,15 +335,8 @@ def run_program(setup: dict[str, Any], program: dict[str, Any], out: int) -> Non
 
 
 def main() -> None:
-    import gc
-    import importlib
-    import warnings
-
     setup = json.loads(sys.argv[1])
-    for name in WARM.split():
-        importlib.import_module(name)
-    exec(PRELUDE, _prelude)
-    warnings.simplefilter("ignore")
+    test_process.warm_up()
     if setup["library"] is not None:
         _library_by_descriptor(setup["library"])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
@@ -460,14 +367,6 @@ def _library_by_descriptor(folder: str) -> None:
             module.__path__[:] = [path.replace(folder, inside) for path in module.__path__]
     sys.path_importer_cache.clear()
 
-
-_prelude: dict[str, Any] = {}
-if LINUX:
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    try:
-        import sandbox_locks as locks
-    finally:
-        del sys.path[0]
 
 if __name__ == "__main__":
     main()
