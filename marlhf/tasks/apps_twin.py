@@ -226,7 +226,7 @@ def write(problem: Problem, slip: str = "") -> str:
 
 
 # Chances that a part is misread, that its number is one off, that it is left out; of a slip.
-NOISE = {"kind": 0.1, "number": 0.06, "left out": 0.08, "slip": 0.12}
+NOISE = {"kind": 0.13, "number": 0.08, "left out": 0.1, "slip": 0.15}
 SLIPS = ("colon", "start", "int", "last")
 
 
