@@ -17,8 +17,9 @@ def make():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()
     tokens, zeros = torch.tensor([[0, 1, 2], [0, 0, 0]]), torch.zeros(2, 3)
     rollout = Rollout(
-        update=0, examples=[], places=torch.arange(2), texts=[], ids=tokens, starts=torch.zeros(2).long(), tokens=tokens,
-        mask=mask, finished=mask.all(1), logprobs=zeros, full_logprobs=zeros,
+        update=0, examples=[], places=torch.arange(2), texts=[], ids=tokens,
+        starts=torch.zeros(2).long(), tokens=tokens, mask=mask, finished=mask.all(1),
+        logprobs=zeros, full_logprobs=zeros,
     )  # fmt: skip
     rollout.values = torch.tensor([[0.1, 0.2, 0.3], [0.4, 9.0, 9.0]])
     segments = torch.tensor([[0, 0, 1], [0, -1, -1]])
