@@ -176,6 +176,7 @@ def _parser() -> argparse.ArgumentParser:
         help="all runs of an experiment, side by side",
         description="Runs every arm and chain of configs/experiments/<name>.yaml that is not "
         "finished yet, in\nprocesses side by side. Stop it with Ctrl-C; the same command goes on.",
+        epilog=_keys_help(("repeat",)),
         usage="marlhf run EXPERIMENT [key=value ...] [options]",
         formatter_class=raw,
         allow_abbrev=False,

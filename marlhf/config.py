@@ -51,6 +51,9 @@ class DataConfig:
     valid: int = option(256, "held-out prompts, in none of the three parts", least=1)
     prompt_tokens: int = option(96, "longest prompt in tokens; a task may cut its body", least=1)
     response_tokens: int = option(72, "longest response in tokens, end token included", least=1)
+    allow_unsafe_programs: bool = option(
+        False, "run programs for rows from outside also where the sandbox cannot isolate them"
+    )
 
 
 @dataclass
@@ -192,6 +195,16 @@ class EvalConfig:
 
 
 @dataclass
+class RepeatConfig:
+    """Samples from finished policies, for best-of-N, pass@k and temperature sweeps."""
+
+    samples: int = option(10, "responses to each held-out prompt at each temperature", least=1)
+    temperatures: list[float] = option([], "temperatures; []: that of ppo.sampling")
+    prompts: int | None = option(None, "held-out prompts; null: eval.prompts", least=1)
+    texts: int = option(4, "prompts whose responses are kept as text", least=0)
+
+
+@dataclass
 class Config:
     name: str = option("", "name of the preset; in the run's folder, not in its identity")
     data: DataConfig = section(DataConfig, "rows, splits, lengths")
@@ -200,6 +213,7 @@ class Config:
     rm: RMConfig = section(RMConfig, "stage 2: reward model")
     ppo: PPOConfig = section(PPOConfig, "stage 3: PPO")
     eval: EvalConfig = section(EvalConfig, "scores on held-out prompts")
+    repeat: RepeatConfig = section(RepeatConfig, "repeated samples from finished policies")
     seed: int = option(0, "the chain: seeds SFT, RM and PPO", least=0)
 
 
@@ -406,6 +420,16 @@ def validate(config: Config) -> None:
     _check(
         config.eval.prompts <= config.data.valid,
         f"eval.prompts ({config.eval.prompts}) exceeds data.valid ({config.data.valid})",
+    )
+    _check(
+        (config.repeat.prompts or 1) <= config.data.valid,
+        f"repeat.prompts ({config.repeat.prompts}) exceeds data.valid ({config.data.valid})",
+    )
+    temperatures = config.repeat.temperatures
+    _check(
+        all(math.isfinite(t) and t >= 0 for t in temperatures)
+        and len(set(temperatures)) == len(temperatures),
+        f"repeat.temperatures must be different numbers of at least 0, not {temperatures}",
     )
     _divides(config, "model.tiny.hidden", "model.tiny.heads")
     _divides(config, "model.tiny.heads", "model.tiny.kv_heads")

@@ -52,19 +52,21 @@ def response_texts(sample: Sample, tokenizer) -> list[str]:
 class Evaluator:
     """Samples the held-out prompts and scores them.
 
-    ``reward`` and ``truth`` are rewards (`marlhf.rewards`); without a truth its column is None.
+    ``reward`` and ``truth`` are rewards (`marlhf.rewards`); without one its column is None.
+    ``number`` tells apart several samples of a prompt; 0 is the one that training evaluates.
     """
 
     prompts: Prompts
     tokenizer: object
     reference: Reference
-    reward: object
+    reward: object | None
     truth: object | None
     length: int
     temperature: float
     top_k: int | None = None
     seed: int = 1234
     batch: int = 256
+    number: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @torch.no_grad()
@@ -81,7 +83,7 @@ class Evaluator:
 
     def _rows(self, sampler, examples, ids, mask) -> list[dict]:
         names = [e.id for e in examples]
-        uniforms = keyed_uniforms(self.seed, "evaluation", 0, names, self.length)
+        uniforms = keyed_uniforms(self.seed, "evaluation", self.number, names, self.length)
         ids, mask = ids.to(self.device), mask.to(self.device)
         sample = sampler(ids, mask, uniforms)
         packed, starts = pack(ids, mask, sample.tokens, sample.mask, sampler.pad)
@@ -96,14 +98,15 @@ class Evaluator:
             "finished": sample.finished.tolist(),
             "length": sample.mask.sum(1).tolist(),
         }
-        scores = self.reward(examples, texts, columns)
-        truth = self.truth(examples, texts, columns) if self.truth else [None] * len(texts)
+        missing = [None] * len(texts)
+        scores = self.reward(examples, texts, columns) if self.reward else missing
+        truth = self.truth(examples, texts, columns) if self.truth else missing
         return [
             {
                 "prompt_id": example.id,
                 "prompt": example.prompt.text,
                 "response": text,
-                "rm_score": float(score),
+                "rm_score": None if score is None else float(score),
                 "true_score": None if true is None else float(true),
                 "kl": float(k),
                 "length": int(length),

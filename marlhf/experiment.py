@@ -2,7 +2,8 @@
 
 configs/experiments/<name>.yaml holds the task, the chains of each scale, the arms with their
 settings, and, written down before the runs, the endpoints and the comparisons. An arm is measured
-in every chain, so that arms are compared within chains.
+in every chain, so that arms are compared within chains. `repeat` asks for repeated samples from
+every arm at its end, and from the SFT models.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 from marlhf.config import CONFIGS, Config, ConfigError, load_config, nearest, read_yaml
 from marlhf.pool import RunFailed, execute, minutes
 from marlhf.runs import Run
-from marlhf.stages import Spec, load_data, run_stage, stage_spec, with_parents
+from marlhf.stages import Spec, eval_spec, load_data, run_stage, stage_spec, with_parents
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = ["Experiment", "RunFailed", "Spec", "execute", "plan", "run", "run_stage", "stage_spec"]
 
-KEYS = ("title", "task", "presets", "chains", "arms", "endpoints", "comparisons")
+KEYS = ("title", "task", "presets", "chains", "arms", "repeat", "endpoints", "comparisons")
 TABLES = ("evals", "metrics", "samples")
 
 
@@ -64,7 +65,8 @@ def experiments() -> list[str]:
 @dataclass(frozen=True)
 class Experiment:
     """An experiment at a scale. `arms` maps a key to its label, in the order of the file;
-    `endpoints` and `comparisons` are as the file has them."""
+    `endpoints` and `comparisons` are as the file has them; `repeated`: whether it has a section
+    `repeat`."""
 
     name: str
     scale: str
@@ -75,6 +77,7 @@ class Experiment:
     endpoints: dict[str, Any]
     comparisons: list[tuple[str, str]]
     configs: dict[tuple[str, int], Config] = field(repr=False)
+    repeated: bool = False
 
     @classmethod
     def load(
@@ -101,12 +104,15 @@ class Experiment:
         chains = tuple(range(tree["chains"][scale]) if seeds is None else seeds)
         preset = tree.get("presets", {}).get(scale, f"{tree['task']}-{scale}")
         labels, configs = {}, {}
+        repeat = {"repeat": tree["repeat"]} if "repeat" in tree else {}
         for arm, settings in tree["arms"].items():
             settings = dict(settings or {})
             labels[arm] = str(settings.pop("label", arm))
             for seed in chains:
                 try:
-                    configs[arm, seed] = load_config(preset, settings, *overrides, {"seed": seed})
+                    configs[arm, seed] = load_config(
+                        preset, repeat, settings, *overrides, {"seed": seed}
+                    )
                 except ConfigError as error:
                     raise ConfigError(f"{path}, arm {arm}: {error}") from None
         comparisons = [tuple(pair) for pair in tree.get("comparisons", [])]
@@ -115,8 +121,8 @@ class Experiment:
                 if arm not in labels:
                     raise ConfigError(f"{path}, comparisons: no arm {arm!r}.{nearest(arm, labels)}")
         title, endpoints = tree.get("title", name), tree.get("endpoints", {})
-        task = str(tree["task"])
-        return cls(name, scale, title, task, chains, labels, endpoints, comparisons, configs)
+        task, again = str(tree["task"]), bool(repeat)
+        return cls(name, scale, title, task, chains, labels, endpoints, comparisons, configs, again)
 
     def arm_specs(self) -> dict[tuple[str, int], Spec]:
         """The PPO run of each arm and chain, chain by chain; equal settings give equal hashes."""
@@ -126,9 +132,20 @@ class Experiment:
             for arm in self.arms
         }
 
+    def eval_specs(self) -> dict[tuple[str, int], Spec]:
+        """The repeated samples of each arm and chain, those of the SFT models under "sft"; none
+        without a section `repeat`."""
+        if not self.repeated:
+            return {}
+        found = {}
+        for (arm, seed), spec in self.arm_specs().items():
+            found.setdefault(("sft", seed), eval_spec(spec, "sft"))
+            found[arm, seed] = eval_spec(spec)
+        return found
+
     def specs(self) -> list[Spec]:
         """Every run, SFT and reward models included, none before what it needs."""
-        return with_parents(self.arm_specs().values())
+        return with_parents([*self.arm_specs().values(), *self.eval_specs().values()])
 
     def run(self, workers: int | None = None, progress: bool = True) -> Experiment:
         """Runs what is not finished yet (see `execute`)."""
@@ -136,24 +153,26 @@ class Experiment:
         return self
 
     def frames(self, tables: Sequence[str] = TABLES) -> dict[str, pandas.DataFrame]:
-        """The tables of all PPO runs, with arm, label and chain in front; and "runs", a row of
-        the manifest for each run. ValueError names a run that is not finished."""
+        """The tables of all PPO runs, with arm, label and chain in front; "repeated", where the
+        experiment asks for it; and "runs", a row of the manifest for each run. ValueError names a
+        run that is not finished."""
         import pandas
 
-        specs = self.arm_specs()
+        specs, evals, labels = self.arm_specs(), self.eval_specs(), {"sft": "SFT", **self.arms}
+        sources = dict.fromkeys(tables, specs) | ({"repeated": evals} if evals else {})
         frames = {}
-        for table in tables:
+        for table, runs in sources.items():
             parts = []
-            for (arm, seed), spec in specs.items():
+            for (arm, seed), spec in runs.items():
                 frame = spec.run.frame(table)
                 frame.insert(0, "chain", seed)
-                frame.insert(0, "label", self.arms[arm])
+                frame.insert(0, "label", labels[arm])
                 frame.insert(0, "arm", arm)
                 parts.append(frame)
             frames[table] = pandas.concat(parts, ignore_index=True)
-        rows = []
-        for spec in with_parents(specs.values()):
-            arms = [arm for (arm, _), s in specs.items() if s.hash == spec.hash]
+        rows, owners = [], [*specs.items(), *evals.items()]
+        for spec in with_parents(s for _, s in owners):
+            arms = [arm for (arm, _), s in owners if s.hash == spec.hash]
             rows.append({"arm": " ".join(arms), **_manifest_row(spec)})
         frames["runs"] = pandas.DataFrame(rows)
         return frames

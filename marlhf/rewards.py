@@ -150,12 +150,7 @@ class TrueScore:
     def __call__(
         self, examples: Sequence[Example], responses: Sequence[str], columns: Mapping
     ) -> np.ndarray:
-        scores = [
-            self.task.true_score(example, text, bool(finished))
-            for example, text, finished in zip(
-                examples, responses, columns["finished"], strict=True
-            )
-        ]
+        scores = self.task.true_scores(examples, responses, columns["finished"])
         if None in scores:
             name = examples[scores.index(None)].id
             raise ValueError(

@@ -143,6 +143,7 @@ class Run:
         self._identity: dict[str, Any] | None = None
         self._config: dict[str, Any] | None = None
         self._before, self._start, self._progress = 0.0, time.monotonic(), -math.inf
+        self.facts: dict[str, Any] = {}  # of this machine, for the summary; no number depends on it
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}{'' if self.finished else ', unfinished'})"
@@ -363,7 +364,7 @@ class Run:
             "name": self.path.name.rpartition("-")[0],
             "hash": self.hash,
             "seed": self.identity.get("seed"),
-            "summary": summary,
+            "summary": summary | self.facts,
             "wall_seconds": round(self.seconds, 3),
             "device": device_name(),
             "threads": torch.get_num_threads() if torch else None,

@@ -1,4 +1,5 @@
-"""The stages of a chain, SFT -> reward model -> PPO with one seed, and what each of them reads.
+"""The stages of a chain, SFT -> reward model -> PPO with one seed, and what each of them reads;
+and repeated samples from what they made.
 
 A `Spec` is a run before it is one: its stage, its config, and its identity, which holds only what
 can change its numbers. Arms of an experiment differ in their PPO settings, so they share the SFT
@@ -26,7 +27,7 @@ from marlhf.runs import Run, atomic_write, run_hash, runs_root, source_hash, ver
 if TYPE_CHECKING:
     from marlhf.tasks.base import TaskData
 
-STAGES = ("sft", "rm", "ppo")
+STAGES = ("sft", "rm", "ppo")  # beside them "eval", see `eval_spec`
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 
 
@@ -74,9 +75,14 @@ class Spec:
         if self.given:
             _link_model(self.given, run)
             return
+        from marlhf.tasks import get_task
+
         data = load_data(self.config)
         parents = {key: parent.run.path for key, parent in self.parents.items()}
-        if self.stage == "ppo":
+        run.facts = get_task(self.config.data.task).facts(self.config.data)
+        if self.stage == "eval":
+            from marlhf.repeated import sample_repeatedly as train
+        elif self.stage == "ppo":
             from marlhf.ppo import train_ppo as train
 
             parents.setdefault("rm", None)
@@ -171,10 +177,17 @@ def _sections(stage: str, config: Config) -> dict[str, Any]:
     data, model = tree["data"], tree["model"]
     if _local_source(config):
         data["source"] = "file"  # its content is in the data's fingerprint
+    del data["allow_unsafe_programs"]  # where they may run, not what comes of it
     if config.model.name != "tiny":
         model["name"] = model_fingerprint(config.model.name, config.model.revision)
         del model["tiny"], model["revision"]
     kept = {"data": data, "model": model}
+    if stage == "eval":
+        sampling, repeat = tree["ppo"]["sampling"], tree["repeat"]
+        repeat["temperatures"] = repeat["temperatures"] or [sampling["temperature"]]
+        repeat["prompts"] = repeat["prompts"] or tree["eval"]["prompts"]
+        kept |= {"repeat": repeat, "top_k": sampling["top_k"], "batch": tree["eval"]["batch"]}
+        return kept
     if stage == "ppo":
         kept |= {"ppo": tree["ppo"], "eval": tree["eval"]}
         del kept["ppo"]["checkpoint_every"]
@@ -188,8 +201,8 @@ def _sections(stage: str, config: Config) -> dict[str, Any]:
 
 def entry_modules(stage: str, config: Config) -> list[str]:
     """The modules whose code, and that of what they import, computes the stage."""
-    trainer = "marlhf.ppo" if stage == "ppo" else "marlhf.supervised"
-    return [trainer, f"marlhf.tasks.{config.data.task}"]
+    trainers = {"ppo": "marlhf.ppo", "eval": "marlhf.repeated"}
+    return [trainers.get(stage, "marlhf.supervised"), f"marlhf.tasks.{config.data.task}"]
 
 
 def arm_name(config: Config) -> str:
@@ -239,6 +252,23 @@ def stage_spec(
     }
     name = "-".join(part for part in (config.name, arm, f"c{config.seed}") if part)
     return Spec(stage, name, config, identity, parents, arm)
+
+
+def eval_spec(ppo: Spec, policy: str = "ppo") -> Spec:
+    """Repeated samples (config.repeat) from a PPO run, or with policy="sft" from the SFT model it
+    starts from, scored by the chain's reward model and the truth. Arms share that of their SFT."""
+    config, sampled = ppo.config, ppo if policy == "ppo" else ppo.parents["sft"]
+    parents = {"policy": sampled, **ppo.parents}
+    identity = {
+        "stage": "eval",
+        "config": _sections("eval", config),
+        "parents": {key: parent.hash for key, parent in parents.items()},
+        "source": source_hash(entry_modules("eval", config)),
+        "versions": versions(),
+        "data": load_data(config).fingerprint,
+    }
+    arm = ppo.arm if policy == "ppo" else "sft"
+    return Spec("eval", f"{config.name}-{arm}-c{config.seed}", config, identity, parents, arm)
 
 
 # Running

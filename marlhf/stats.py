@@ -128,6 +128,15 @@ def proportion_interval(successes: int, n: int, confidence: float = 0.95) -> Int
     return Interval(successes / n, float(interval.low), float(interval.high), n)
 
 
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right, `correct` of `samples` being
+    so: 1 - C(n - c, k) / C(n, k) (Chen et al. 2021, Eq. 1). Raises ValueError unless
+    0 <= correct <= samples and 1 <= k <= samples."""
+    if not (0 <= correct <= samples and 1 <= k <= samples):
+        raise ValueError(f"pass_at_k: {correct} right of {samples} samples, k = {k}")
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
 def smallest_detectable(sd: float, n: int, power: float = 0.8, alpha: float = 0.05) -> float:
     """The true mean of n paired differences with spread `sd` that a two-sided t test at `alpha`
     finds with probability `power`: solves P(|T| > t_crit) = power for the noncentral t."""

@@ -175,8 +175,8 @@ def encode_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerFast, budget: in
     """Token ids of the whole prompt, with the tokenizer's own specials at its start.
 
     A prompt of more than `budget` tokens has its body cut at the longest run of whole words that
-    fits; a body cut at the start begins at a paragraph (a turn of a dialogue) if one fits. Raises
-    DataError for an empty prompt, and for one whose prefix and suffix alone do not fit.
+    fits; a body cut at the start begins at a turn of a dialogue if one fits, else at a paragraph.
+    Raises DataError for an empty prompt, and for one whose prefix and suffix alone do not fit.
     """
     if not prompt.text.strip():
         raise DataError("empty prompt: a prompt needs at least one character that is not a space")
@@ -210,7 +210,8 @@ def _cuts(prompt: Prompt) -> Iterable[list[str]]:
         yield [body[: match.start()] for match in re.finditer(r"(?<=\S)\s+", body)]
         yield [body[:end] for end in range(1, len(body))]
     elif prompt.cut == "start":
-        yield [body[match.start() :] for match in re.finditer(r"\n\n", body)][::-1]
+        for boundary in (r"\n\n(?=\w+:)", r"\n\n"):  # a turn ("Human:"), a paragraph
+            yield [body[match.start() :] for match in re.finditer(boundary, body)][::-1]
         yield [body[match.end() :] for match in re.finditer(r"\s+", body)][::-1]
         yield [body[start:] for start in range(len(body) - 1, 0, -1)]
     else:

@@ -32,8 +32,11 @@ def test_help_of_ppo_lists_every_key_with_its_default(capsys):
     with pytest.raises(SystemExit):
         cli.main(["ppo", "--help"])
     text = capsys.readouterr().out
-    missing = [name for name in KEYS if "." in name and f"  {name}=" not in text]
-    assert not missing
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    repeat = capsys.readouterr().out  # of experiments alone
+    known = {name: repeat if name.startswith("repeat.") else text for name in KEYS if "." in name}
+    assert [name for name, listed in known.items() if f"  {name}=" not in listed] == []
     assert "ppo.lam=0.95" in text
 
 

@@ -17,7 +17,7 @@ from marlhf import experiment, pool, stages
 from marlhf.config import CONFIGS, ConfigError, load_config, read_yaml
 from marlhf.experiment import Experiment, plan
 from marlhf.pool import RunFailed, execute
-from marlhf.stages import Spec, given_spec, run_stage, stage_spec, with_parents
+from marlhf.stages import Spec, eval_spec, given_spec, run_stage, stage_spec, with_parents
 
 
 @pytest.fixture
@@ -49,6 +49,8 @@ def hashes(*overrides, **given):
         ("sft.checkpoint_every=1", ""),
         ("rm.checkpoint_every=1", ""),
         ("ppo.checkpoint_every=2", ""),
+        ("repeat.samples=3", ""),
+        ("data.allow_unsafe_programs=true", ""),
         ("ppo.lam=0.5", "ppo"),
         ("ppo.macro.n=3", "ppo"),
         ("eval.every=2", "ppo"),
@@ -356,10 +358,58 @@ def test_unknown_experiment_or_scale():
         Experiment.load("fig02_tldr", "small")
 
 
+REPEATED = """
+task: tldr
+chains: {smoke: 2}
+repeat: {samples: 3}
+arms: {a: {ppo: {lam: 0.9}}, b: {ppo: {lam: 0.8}}}
+"""
+
+
+@pytest.fixture
+def repeated(tmp_path, monkeypatch):
+    """An experiment that asks for repeated samples."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "mine.yaml").write_text(REPEATED)
+    monkeypatch.setattr(experiment, "CONFIGS", tmp_path)
+    return Experiment.load("mine", "smoke")
+
+
+def test_repeated_samples_are_of_every_arm_and_of_each_sft_model_once(light, repeated):
+    specs = repeated.specs()
+    assert [sum(s.stage == stage for s in specs) for stage in ("ppo", "eval")] == [4, 6]
+    assert set(repeated.eval_specs()) == {(a, c) for a in ("sft", "a", "b") for c in (0, 1)}
+    found = repeated.eval_specs()["a", 1]
+    assert found.parents["policy"].hash == repeated.arm_specs()["a", 1].hash
+    assert set(found.parents) == {"policy", "sft", "rm"}
+    assert found.config.repeat.samples == 3
+
+
+@pytest.mark.parametrize(
+    "override, changes",
+    [
+        ("repeat.samples=4", True),
+        ("repeat.temperatures=[0.3]", True),
+        ("repeat.temperatures=[0.8]", False),  # that of training, said out loud
+        ("ppo.lr=1e-5", True),  # another policy
+        ("eval.every=2", True),
+        ("data.allow_unsafe_programs=true", False),
+    ],
+)
+def test_what_repeated_samples_depend_on(light, override, changes):
+    before, after = (
+        eval_spec(stage_spec("ppo", load_config("tldr-smoke", *given)))
+        for given in ((), (override,))
+    )
+    assert (before.hash != after.hash) == changes
+
+
 @pytest.fixture
 def fake_training(monkeypatch):
     def train(spec, run):
         run.resume()
+        if spec.stage == "eval":
+            run.log("repeated", {"prompt_id": "p", "sample": 0})
         if spec.stage == "ppo":
             for table in experiment.TABLES:
                 run.log(table, {"update": 0, "rm_score": spec.config.ppo.lam})
@@ -384,6 +434,18 @@ def test_frames_say_arm_label_and_chain(light, fake_training, root):
     assert runs["summary.after.rm_score"].eq(1).all()
     assert json.loads(runs.config[0])["name"] == "tldr-smoke"
     assert set(runs.arm) == {"", *found.arms}
+
+
+def test_frames_have_the_repeated_samples(light, repeated, fake_training, root):
+    execute(repeated.specs(), workers=0, progress=False)
+    frames = repeated.frames()
+    assert list(frames) == ["evals", "metrics", "samples", "repeated", "runs"]
+    assert frames["repeated"].groupby(["arm", "label"], sort=False).size().to_dict() == {
+        ("sft", "SFT"): 2,
+        ("a", "a"): 2,
+        ("b", "b"): 2,
+    }
+    assert frames["runs"].stage.value_counts()["eval"] == 6
 
 
 def test_plan_counts_runs_minutes_and_what_is_done(light, fake_training, root, monkeypatch):

@@ -10,6 +10,7 @@ import transformers
 from marlhf.config import load_config
 from marlhf.models import load_policy, load_scalar, save_model
 from marlhf.rewards import RewardModel, TrueScore
+from marlhf.tasks.base import Task
 from marlhf.text import Example, Prompt, encode_prompt, encode_response, train_tokenizer
 
 TOLERANCE = 2e-5  # float32 sums in another order
@@ -149,7 +150,7 @@ def test_folder_without_a_model_is_one_error(config, tmp_path):
         RewardModel.load(tmp_path, config)
 
 
-class Counting:
+class Counting(Task):
     name = "counting"
 
     def true_score(self, example, response, finished):
@@ -160,6 +161,14 @@ def test_true_score_is_the_tasks():
     scores = TrueScore(Counting())(EXAMPLES[:2], RESPONSES[:2], {"finished": [True, False]})
     assert scores.dtype == np.float32
     assert scores.tolist() == [4, 9]
+
+
+def test_a_task_may_judge_many_at_once():
+    class Batch(Task):
+        def true_scores(self, examples, responses, finished):
+            return [len(responses)] * len(examples)
+
+    assert TrueScore(Batch())(EXAMPLES[:2], RESPONSES[:2], COLUMNS).tolist() == [2, 2]
 
 
 def test_a_task_without_truth_is_one_error():

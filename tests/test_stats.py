@@ -2,6 +2,7 @@
 on curves worked out by hand. Every simulation is seeded; its tolerance is stated in standard
 errors."""
 
+import itertools
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from marlhf.stats import (
     area_under_curve,
     mean_interval,
     paired_interval,
+    pass_at_k,
     power_table,
     proportion_interval,
     ratio_interval,
@@ -215,3 +217,20 @@ def test_power_tables_spread_covers():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5, 7])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(samples):
+    """Against enumeration: all ways to take k of the samples without putting any back."""
+    for correct in range(samples + 1):
+        right = [i < correct for i in range(samples)]
+        for k in range(1, samples + 1):
+            draws = list(itertools.combinations(right, k))
+            share = sum(map(any, draws)) / len(draws)
+            assert pass_at_k(correct, samples, k) == pytest.approx(share, abs=1e-12)
+
+
+@pytest.mark.parametrize("numbers", [(-1, 3, 1), (4, 3, 1), (1, 3, 0), (1, 3, 4)])
+def test_pass_at_k_refuses_what_was_not_sampled(numbers):
+    with pytest.raises(ValueError, match="pass_at_k"):
+        pass_at_k(*numbers)

@@ -177,6 +177,7 @@ def test_batches_are_of_rows_alike_in_length_in_any_order():
 
 
 def test_a_batch_that_does_not_divide_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match="8 rows is not a multiple of 3 processes"):

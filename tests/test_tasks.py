@@ -15,6 +15,7 @@ from marlhf.config import DataConfig
 from marlhf.tasks import base, get_task, task_names
 from marlhf.tasks import tldr_twin as twin
 from marlhf.tasks.base import TaskData
+from marlhf.tasks.shared_twin import TEMPERATURE
 from marlhf.text import DataError, Prompt, encode_prompt, encode_response, train_tokenizer
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
@@ -525,7 +526,7 @@ def test_the_best_accuracy_on_the_pairs(embedded):
             twin.judge(facts, pair.chosen, pair.chosen_finished).score
             - twin.judge(facts, pair.rejected, pair.rejected_finished).score
         )
-        odds.append(1 / (1 + math.exp(-abs(gap) / twin.TEMPERATURE)))
+        odds.append(1 / (1 + math.exp(-abs(gap) / TEMPERATURE)))
         right.append((gap > 0) + 0.5 * (gap == 0))
     assert 0.85 < np.mean(odds) < 0.94
     assert abs(np.mean(odds) - np.mean(right)) < 0.02

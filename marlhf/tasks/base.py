@@ -111,12 +111,30 @@ class Task:
         """The score by which the twin's preferences were made; None where there is no truth."""
         return None
 
+    def true_scores(
+        self, examples: Sequence[Example], responses: Sequence[str], finished: Sequence[bool]
+    ) -> list[float | None]:
+        """`true_score` of a batch; a task that judges many together more cheaply overrides it."""
+        return [
+            self.true_score(example, response, bool(end))
+            for example, response, end in zip(examples, responses, finished, strict=True)
+        ]
+
     def best_score(self, example: Example) -> float | None:
         """The true score of the best possible response; None where there is no truth."""
         return None
 
     def has_truth(self, data: DataConfig) -> bool:
         return False
+
+    def labels(self, example: Example) -> dict[str, str]:
+        """What tables of responses are split by, such as {"difficulty": "interview"}."""
+        return {}
+
+    def facts(self, data: DataConfig) -> dict[str, str]:
+        """What a run's summary says of this machine, and no number depends on. Called before the
+        run computes: what the task cannot do here is raised now."""
+        return {}
 
     def rows(self, data: DataConfig) -> list[Row]:
         """The rows of the configured source; raises DataError where there are none."""

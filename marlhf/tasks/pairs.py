@@ -2,7 +2,8 @@
 
 Columns: prompt with chosen and rejected (and response, the demonstration, else chosen is it), as in
 Dahoas/full-hh-rlhf; or prompt with response alone, which has no reward model's part. Multi-turn
-prompts are cut at their start, oldest turns first.
+prompts are cut at their start, oldest turns first. extra {finished: [chosen, rejected]}, two
+booleans, says which texts were broken off; without it both ended.
 """
 
 from __future__ import annotations
@@ -45,13 +46,30 @@ class Pairs(Task):
             return Item(key, name, _prompt(prompt), texts["response"])
         if normalised(texts["chosen"]) == normalised(texts["rejected"]):
             return "tie"
-        return Item(
-            key,
-            name,
-            _prompt(prompt),
-            texts.get("response") or texts["chosen"],
-            pair=(texts["chosen"], texts["rejected"]),
+        finished = _finished(row)
+        demonstration = texts.get("response") or texts["chosen"]
+        if demonstration == texts["chosen"] and finished and not finished[0]:
+            demonstration = ""  # a text that was broken off is no example
+        pair = (texts["chosen"], texts["rejected"], *finished)
+        return Item(key, name, _prompt(prompt), demonstration, pair=pair)
+
+
+def _finished(row: Row) -> tuple[bool, ...]:
+    """Whether chosen and rejected ended, where the row says so; else ()."""
+    extra = row.data.get("extra")
+    finished = extra.get("finished") if isinstance(extra, dict) else None
+    if finished is None:
+        return ()
+    if (
+        not isinstance(finished, list)
+        or len(finished) != 2
+        or not all(isinstance(each, bool) for each in finished)
+    ):
+        raise DataError(
+            f"{row.where}: extra.finished should be two booleans, of chosen and of rejected, not "
+            f"{finished!r}"
         )
+    return tuple(finished)
 
 
 def _prompt(text: str) -> Prompt:

@@ -17,13 +17,13 @@ summaries; that a text was cut off stands in extra["finished"], one boolean a su
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
-TEMPERATURE = 0.5  # of the Bradley-Terry draw: P(a over b) = sigmoid((a - b) / TEMPERATURE)
+from marlhf.tasks.shared_twin import join, pattern, pick, pick_other, prefers_first, spoil
+
 PAIRS_PER_POST = 2
 TAKES_DECOY = 0.4  # share of the wrong values that are the decoy's, where it has one
 DECOY = 0.3  # share of the posts with a decoy
@@ -83,7 +83,6 @@ CLAUSES = {
 }
 SLOTS_OF = {clause: re.findall(r"{(\w+)}", text[0]) for clause, text in CLAUSES.items()}
 FILLERS = ("to be fair", "you know", "i guess", "as i said")
-CONNECTORS = (",", " and", ".")
 SUBREDDITS = ("advice", "work", "home", "legal", "rant", "money")
 TITLES = ("help", "update", "rant", "question", "sad")
 
@@ -125,14 +124,6 @@ class Verdict:
         )
 
 
-def _pattern(template: str, group: str) -> str:
-    """A template as a regular expression: its words each after one space, any word as a value."""
-    words = [
-        "([a-z0-9]+)" if word.startswith("{") else re.escape(word) for word in template.split()
-    ]
-    return f"(?P<{group}>{''.join(' ' + word for word in words)})(?![a-z0-9])"
-
-
 _GRAMMAR = [
     *((f"{name}_{i}", text) for name, texts in CLAUSES.items() for i, text in enumerate(texts)),
     ("decoy_0", "{name} lost the {item}"),
@@ -142,7 +133,7 @@ _GRAMMAR = [
 _PARTS = re.compile(
     "|".join(
         [
-            *(_pattern(text, group) for group, text in _GRAMMAR),
+            *(pattern(text, group) for group, text in _GRAMMAR),
             r"(?P<joint> and(?![a-z0-9])|[,.])",
             r"(?P<garbled>\s*[^\s,.]+|\s+)",
         ]
@@ -268,25 +259,15 @@ WRITERS = {
 _ASKED = tuple(name for name, (times, _) in WRITERS.items() for _ in range(times))
 
 
-def _pick(rng: Random, values):
-    return values[int(rng.random() * len(values))]
-
-
-def _other(rng: Random, slot: str, *values: str) -> str:
-    while (value := _pick(rng, VALUES[slot])) in values:
-        pass
-    return value
-
-
 def write_post(rng: Random) -> tuple[str, Facts]:
     """Nine sentences in any order, and what they say."""
-    values = {slot: _pick(rng, choices) for slot, choices in VALUES.items()}
-    sentences = [_pick(rng, texts).format(**values) for texts in SENTENCES.values()]
+    values = {slot: pick(rng, choices) for slot, choices in VALUES.items()}
+    sentences = [pick(rng, texts).format(**values) for texts in SENTENCES.values()]
     decoys, distractors = {}, rng.sample(tuple(DISTRACTORS), 3)
     if rng.random() < DECOY:
-        template = _pick(rng, DECOYS)
+        template = pick(rng, DECOYS)
         slots = re.findall(r"{(\w+)}", template)
-        decoys = {slot: _other(rng, slot, values[slot]) for slot in slots}
+        decoys = {slot: pick_other(rng, VALUES[slot], values[slot]) for slot in slots}
         sentences.append(template.format(**decoys))
         distractors.pop()
     sentences += distractors
@@ -301,47 +282,24 @@ def write_summary(rng: Random, facts: Facts, noise: Noise) -> tuple[str, bool]:
     for slot in SLOTS:
         if chance() < noise.wrong:
             decoy = facts.decoys.get(slot) if chance() < TAKES_DECOY else None
-            said[slot] = decoy or _other(rng, slot, said[slot])
+            said[slot] = decoy or pick_other(rng, VALUES[slot], said[slot])
     if chance() < noise.swap:
         one, two = rng.sample(SLOTS, 2)
         said[one], said[two] = said[two], said[one]
     clauses = [
-        _pick(rng, texts).format(**said) for texts in CLAUSES.values() if chance() >= noise.drop
+        pick(rng, texts).format(**said) for texts in CLAUSES.values() if chance() >= noise.drop
     ] or [CLAUSES["who"][0].format(**said)]
     if chance() < noise.shuffle:
         rng.shuffle(clauses)
     if chance() < noise.repeat:
-        clauses.insert(int(chance() * len(clauses)) + 1, _pick(rng, clauses))
+        clauses.insert(int(chance() * len(clauses)) + 1, pick(rng, clauses))
     if chance() < noise.distractor:
-        text = DISTRACTORS[_pick(rng, facts.distractors)]
+        text = DISTRACTORS[pick(rng, facts.distractors)]
         clauses.insert(int(chance() * len(clauses)) + 1, text)
-    clauses = [f"{_pick(rng, FILLERS)} {c}" if chance() < noise.filler else c for c in clauses]
+    clauses = [f"{pick(rng, FILLERS)} {c}" if chance() < noise.filler else c for c in clauses]
     while sum(clause.count(" ") + 1 for clause in clauses) > LONGEST:
         clauses.pop(int(chance() * len(clauses)))
-    return _join(rng, clauses, noise)
-
-
-def _join(rng: Random, clauses: list[str], noise: Noise) -> tuple[str, bool]:
-    """Clauses in at most two sentences, a word mangled or the end cut off as the noise says."""
-    stop = int(rng.random() * 2 * len(clauses))  # the clause before which a sentence ends, if any
-    text = " " + clauses[0]
-    for index, clause in enumerate(clauses[1:], 1):
-        text += ("." if index == stop else _pick(rng, CONNECTORS[:-1])) + " " + clause
-    text += "."
-    if rng.random() < noise.mangle:
-        words = text.split(" ")
-        index = 1 + int(rng.random() * (len(words) - 1))
-        words[index] = _mangle(rng, words[index], words)
-        text = " ".join(words)
-    if rng.random() < noise.cut:
-        return text[: 20 + int(rng.random() * (len(text) - 20))], False
-    return text, True
-
-
-def _mangle(rng: Random, word: str, words: list[str]) -> str:
-    """A word spoiled as a small language model does: broken off, run into another, or doubled."""
-    half = len(word) // 2 + 1
-    return _pick(rng, (word[:half], word[:half] + _pick(rng, words)[-3:], f"{word} {word}", ""))
+    return spoil(rng, join(rng, clauses), noise.mangle, noise.cut)
 
 
 # ---------------------------------------------------------------- rows
@@ -360,7 +318,7 @@ def rows(size: int, seed: int) -> list[dict]:
 
 def _post(rng: Random, name: str) -> list[dict]:
     post, facts = write_post(rng)
-    shown = {"subreddit": _pick(rng, SUBREDDITS), "title": _pick(rng, TITLES), "post": post}
+    shown = {"subreddit": pick(rng, SUBREDDITS), "title": pick(rng, TITLES), "post": post}
     summary, _ = write_summary(rng, facts, DEMONSTRATOR)
     info = {"id": name, **shown, "site": None, "article": None}
     return [
@@ -371,17 +329,16 @@ def _post(rng: Random, name: str) -> list[dict]:
 
 def _comparison(rng: Random, info: dict, facts: Facts) -> dict:
     """Two writers' summaries and the draw between them: P(0) = sigmoid((s_0 - s_1) / T)."""
-    writers = (_pick(rng, _ASKED), _pick(rng, _ASKED))
+    writers = (pick(rng, _ASKED), pick(rng, _ASKED))
     texts = [write_summary(rng, facts, WRITERS[writer][1]) for writer in writers]
     one, two = (judge(facts, text, finished).score for text, finished in texts)
-    prefers_one = rng.random() < 1 / (1 + math.exp((two - one) / TEMPERATURE))
     return {
         "info": info,
         "summaries": [
             {"text": text, "policy": writer, "note": None}
             for (text, _), writer in zip(texts, writers, strict=True)
         ],
-        "choice": 0 if prefers_one else 1,
+        "choice": 0 if prefers_first(rng, one, two) else 1,
         "worker": "twin",
         "batch": "twin",
         "split": "train",
