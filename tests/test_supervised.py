@@ -12,6 +12,7 @@ from marlhf import supervised
 from marlhf.config import load_config, to_dict
 from marlhf.models import load_policy, load_scalar, save_model, sequence_scores
 from marlhf.rewards import RewardModel
+from marlhf.roles import on_trunk
 from marlhf.runs import Run
 from marlhf.supervised import (
     Comparisons,
@@ -179,6 +180,7 @@ def test_batches_are_of_rows_alike_in_length_in_any_order():
 def test_a_batch_that_does_not_divide_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ValueError, match="8 rows is not a multiple of 3 processes"):
         training_arguments(settings().sft, 5, 0, tmp_path)
 
@@ -358,7 +360,7 @@ def test_a_model_of_ones_own_and_lora(sft, data, tmp_path):
         (one, transformers.AutoModelForCausalLM),
         (two, transformers.AutoModelForSequenceClassification),
     ):
-        assert not list((run.path / "model").glob("adapter*"))
+        assert not list((run.path / "model").glob("adapter_*"))
         model = auto.from_pretrained(run.path / "model")
         base = transformers.AutoModel.from_pretrained(sft.path / "model")
         moved = {
@@ -368,6 +370,7 @@ def test_a_model_of_ones_own_and_lora(sft, data, tmp_path):
         }
         assert {"q_proj", "down_proj"} <= moved
         assert not {"embed_tokens", "norm"} & moved
+    assert on_trunk(two.path / "model", one.path / "model")  # its adapter is kept beside
 
 
 # Kills and faults
