@@ -207,18 +207,21 @@ def _run_program(worker: Worker, program: Program, limits: Limits) -> Verdict:
     return Verdict(True, tuple(results), why)
 
 
-def _processors() -> int:
+def default_workers() -> int:
+    """Half as many again as processors: a worker often waits for the kernel to clear away."""
     if hasattr(os, "sched_getaffinity"):  # Linux: those that this process may use
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        processors = len(os.sched_getaffinity(0))
+    else:
+        processors = os.cpu_count() or 1
+    return processors + max(1, processors // 2)
 
 
 class Sandbox:
     """A pool of workers, used as a context manager.
 
-    workers: how many at once; None: one a processor. trusted: the programs are known to be
-    harmless, which is what isolation "limits" needs. isolation: "bubblewrap", "unshare" or
-    "limits"; None: the best that works here. The attribute `isolation` says which is in force.
+    workers: how many at once; None: half as many again as processors. trusted: the programs are
+    known to be harmless, which is what isolation "limits" needs. isolation: "bubblewrap", "unshare"
+    or "limits"; None: the best that works here. The attribute `isolation` says which is in force.
 
     Raises SandboxError if the isolation does not work here, or if only "limits" does and `trusted`
     is False.
@@ -247,7 +250,7 @@ class Sandbox:
         self._closed = False
         self._turn = threading.Lock()
         self.limits = limits
-        self._workers: list[Worker | None] = [None] * (workers or _processors())
+        self._workers: list[Worker | None] = [None] * (workers or default_workers())
 
     def __enter__(self) -> Sandbox:
         return self

@@ -26,7 +26,6 @@ import signal
 import stat
 import struct
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -79,6 +78,8 @@ def _stdin_file(text: str) -> int:
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("stdin")
     else:
+        import tempfile
+
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
     while data:
@@ -157,7 +158,8 @@ def _fresh_box(setup: dict[str, Any], limits: dict[str, Any]) -> str:
         locks.unmount(box)
         locks.mount_tmpfs(box, options)
     else:
-        box = tempfile.mkdtemp(dir=setup["folder"])
+        box = f"{setup['folder']}/{os.getpid()}-{time.monotonic_ns()}"
+        os.mkdir(box, 0o700)
         if setup["uid"] is not None:
             os.chown(box, setup["uid"], -1)
     os.chdir(box)
