@@ -249,6 +249,7 @@ class Sandbox:
         _say_once(self.isolation)
         self._closed = False
         self._turn = threading.Lock()
+        self._threads: list[threading.Thread] = []
         self.limits = limits
         self._workers: list[Worker | None] = [None] * (workers or default_workers())
 
@@ -259,12 +260,17 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """End the workers and whatever they run."""
+        """End the workers and whatever they run, a `run` in another thread too."""
         self._closed = True
-        for slot, worker in enumerate(self._workers):
+        for worker in self._workers:
+            if worker is not None:
+                worker.kill()
+        for thread in self._threads:
+            thread.join()
+        for worker in self._workers:
             if worker is not None:
                 worker.close()
-            self._workers[slot] = None
+        self._workers = []
 
     def _one(self, slot: int, program: Program) -> Verdict:
         """A program on the worker of this slot; a worker that dies is replaced, once for it."""
@@ -309,14 +315,18 @@ class Sandbox:
                 failures.append(error)
 
         count = min(len(self._workers), len(programs))
-        threads = [threading.Thread(target=work, args=(s,), daemon=True) for s in range(count)]
         with self._turn:
-            for thread in threads:
+            self._threads = [
+                threading.Thread(target=work, args=(slot,), daemon=True) for slot in range(count)
+            ]
+            for thread in self._threads:
                 thread.start()
-            for thread in threads:
+            for thread in self._threads:
                 thread.join()
         if failures:
             raise failures[0]
+        if self._closed:
+            raise SandboxError("this sandbox was closed while it ran")
         return verdicts
 
 

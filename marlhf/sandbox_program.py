@@ -18,10 +18,7 @@ import types
 import warnings
 from typing import Any
 
-if __package__:
-    from marlhf import sandbox_locks as locks
-else:
-    import sandbox_locks as locks
+from marlhf import sandbox_locks as locks
 
 # What most programs import, and little more: every fork pays for each page that is loaded here.
 WARM = (

@@ -29,15 +29,13 @@ import sys
 import time
 from typing import Any
 
-if __package__:
-    from marlhf import sandbox_locks as locks
-    from marlhf import sandbox_program as test_process
-else:  # as a script, inside
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    import sandbox_locks as locks
-    import sandbox_program as test_process
+if not __package__:  # as a script, inside
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from marlhf import sandbox_locks as locks
+from marlhf import sandbox_program as test_process
 
-    del sys.path[0]
+if not __package__:
+    del sys.path[0]  # nothing of the project is for programs to import
 
 _exit = os._exit  # as it was before any program could replace it
 LINUX = sys.platform == "linux"
