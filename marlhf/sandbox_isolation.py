@@ -181,7 +181,7 @@ def plans(isolation: str | None) -> list[Plan]:
         if isolation in (None, kind) and sys.platform == "linux" and shutil.which(tool):
             tries += [Plan(kind, other_user=True)] * root + [Plan(kind)]
     if isolation in (None, "limits"):
-        tries.append(Plan("limits", other_user=root))
+        tries += [Plan("limits", other_user=True)] * root + [Plan("limits")]
     return tries
 
 
