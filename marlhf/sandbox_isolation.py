@@ -139,9 +139,24 @@ class Plan:
             for path in _DEVICES:
                 options += ["--dev-bind", path, path]
             for module in (sandbox_worker, sandbox_program, sandbox_locks):
-                options += ["--ro-bind", module.__file__, f"/worker/{Path(module.__file__).name}"]
-            options += ["--dir", "/worker", "--dir", "/box", "--chdir", "/box", "--remount-ro", "/"]
-            inside = f"/worker/{Path(worker).name}"
+                options += [
+                    "--ro-bind",
+                    module.__file__,
+                    f"/worker/marlhf/{Path(module.__file__).name}",
+                ]
+            options += [
+                "--dir",
+                "/worker",
+                "--dir",
+                "/worker/marlhf",
+                "--dir",
+                "/box",
+                "--chdir",
+                "/box",
+                "--remount-ro",
+                "/",
+            ]
+            inside = f"/worker/marlhf/{Path(worker).name}"
             return ["bwrap", *options, *python, inside, json.dumps(setup)]
         if self.kind == "unshare":
             setup |= {"root": folder, "binds": [*runtime(), *_DEVICES], "links": _links()}
@@ -166,7 +181,7 @@ def plans(isolation: str | None) -> list[Plan]:
         if isolation in (None, kind) and sys.platform == "linux" and shutil.which(tool):
             tries += [Plan(kind, other_user=True)] * root + [Plan(kind)]
     if isolation in (None, "limits"):
-        tries.append(Plan("limits", other_user=root))
+        tries += [Plan("limits", other_user=True)] * root + [Plan("limits")]
     return tries
 
 
@@ -226,11 +241,15 @@ class Worker:
                 size += int.from_bytes(data, "big")
         return json.loads(data[4:])
 
-    def close(self) -> None:
+    def kill(self) -> None:
         """End it and all that it started: with process 1 of a namespace its processes end."""
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def close(self) -> None:
+        """End it, and give back what it held."""
+        self.kill()
         for stream in (self.process.stdin, self.process.stdout, self.errors):
             with contextlib.suppress(OSError):
                 stream.close()
