@@ -92,13 +92,13 @@ def _pretrained(auto, config: ModelConfig, source: str, **kwargs):
             dtype=_dtype(config.dtype),
             attn_implementation=config.attention,
             trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
             **kwargs,
         )
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model {source!r} cannot be loaded ({reason}); give a folder, check the name, or, for "
-            "a gated model, accept its licence on the hub and log in"
+            f"cannot load model {source!r} ({str(error).strip().splitlines()[0]}): give one with "
+            "safetensors; a gated one (Gemma): accept its licence on the hub, `hf auth login`"
         ) from error
 
 

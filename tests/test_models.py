@@ -261,7 +261,7 @@ def test_folder_without_a_model_is_one_error(config, tokenizer, tmp_path):
 def test_folder_with_broken_weights_is_one_error(config, tokenizer, tmp_path):
     save_model(load_policy(config, tokenizer), tokenizer, tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="cannot load model"):
         load_policy(config, tokenizer, tmp_path)
 
 

@@ -126,6 +126,10 @@ def test_an_error_of_one_process_ends_all_with_its_message(how, message, alone, 
     assert code != 0 and message in err
     if how == "score":
         assert err.count(message) == 1 and "is kept in" in err
+        code, _, err = launch(alone, "ppo", *SETTINGS, *options)  # from what was kept
+        assert code == 0, err[-3000:]
+        lines = [path.read_text().splitlines() for path in alone.glob("ppo/*/metrics.jsonl")]
+        assert [1, 2, 3] in [[json.loads(line)["update"] for line in some] for some in lines]
 
 
 def test_what_is_dealt_comes_back_in_order(monkeypatch):
