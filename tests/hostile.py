@@ -117,7 +117,7 @@ PROCESSES = [
 
 RESOURCES = [
     _t("memory-at-once", "x = 'x' * 10**10", ERROR),
-    _t("memory-bit-by-bit", "x = []\nwhile True: x.append(bytearray(1 << 20))", ERROR),
+    _t("memory-bit-by-bit", "x = []\nwhile True: x.append(bytearray(1 << 20))", ERROR, TIMEOUT),
     _t(
         "memory-stubborn",
         "x = []\nwhile True:\n try: x.append(bytearray(1 << 20))\n except MemoryError: pass",
