@@ -78,6 +78,7 @@ lint: $(STAMP)  ## ruff, rules and format
 
 bench: $(STAMP) benchmarks/.venv-trl/.installed  ## speed, as ratios in one run
 	-$(PY) -m benchmarks.bench_macro
+	-$(PY) -m benchmarks.bench_sandbox
 	$(PY) -m benchmarks.bench_update
 
 benchmarks/.venv-trl/.installed: benchmarks/requirements-trl.txt | $(STAMP)

@@ -207,18 +207,21 @@ def _run_program(worker: Worker, program: Program, limits: Limits) -> Verdict:
     return Verdict(True, tuple(results), why)
 
 
-def _processors() -> int:
+def default_workers() -> int:
+    """Half as many again as processors: a worker often waits for the kernel to clear away."""
     if hasattr(os, "sched_getaffinity"):  # Linux: those that this process may use
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        processors = len(os.sched_getaffinity(0))
+    else:
+        processors = os.cpu_count() or 1
+    return processors + max(1, processors // 2)
 
 
 class Sandbox:
     """A pool of workers, used as a context manager.
 
-    workers: how many at once; None: one a processor. trusted: the programs are known to be
-    harmless, which is what isolation "limits" needs. isolation: "bubblewrap", "unshare" or
-    "limits"; None: the best that works here. The attribute `isolation` says which is in force.
+    workers: how many at once; None: half as many again as processors. trusted: the programs are
+    known to be harmless, which is what isolation "limits" needs. isolation: "bubblewrap", "unshare"
+    or "limits"; None: the best that works here. The attribute `isolation` says which is in force.
 
     Raises SandboxError if the isolation does not work here, or if only "limits" does and `trusted`
     is False.
@@ -246,8 +249,9 @@ class Sandbox:
         _say_once(self.isolation)
         self._closed = False
         self._turn = threading.Lock()
+        self._threads: list[threading.Thread] = []
         self.limits = limits
-        self._workers: list[Worker | None] = [None] * (workers or _processors())
+        self._workers: list[Worker | None] = [None] * (workers or default_workers())
 
     def __enter__(self) -> Sandbox:
         return self
@@ -256,12 +260,17 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """End the workers and whatever they run."""
+        """End the workers and whatever they run, a `run` in another thread too."""
         self._closed = True
-        for slot, worker in enumerate(self._workers):
+        for worker in self._workers:
+            if worker is not None:
+                worker.kill()
+        for thread in self._threads:
+            thread.join()
+        for worker in self._workers:
             if worker is not None:
                 worker.close()
-            self._workers[slot] = None
+        self._workers = []
 
     def _one(self, slot: int, program: Program) -> Verdict:
         """A program on the worker of this slot; a worker that dies is replaced, once for it."""
@@ -306,14 +315,18 @@ class Sandbox:
                 failures.append(error)
 
         count = min(len(self._workers), len(programs))
-        threads = [threading.Thread(target=work, args=(s,), daemon=True) for s in range(count)]
         with self._turn:
-            for thread in threads:
+            self._threads = [
+                threading.Thread(target=work, args=(slot,), daemon=True) for slot in range(count)
+            ]
+            for thread in self._threads:
                 thread.start()
-            for thread in threads:
+            for thread in self._threads:
                 thread.join()
         if failures:
             raise failures[0]
+        if self._closed:
+            raise SandboxError("this sandbox was closed while it ran")
         return verdicts
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 import platform
+import random
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -28,7 +29,7 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _SKIPPED = {"antigravity", "idlelib", "this", "tkinter", "turtle", "turtledemo", "test"}
 # Fixed string hashes: the same program on the same test prints its sets in the same order.
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
-_turn = itertools.count()
+_USERS = range(60706, 61184)  # that neither distributions nor systemd give to anyone
 
 
 @functools.cache
@@ -64,18 +65,31 @@ def _links() -> dict[str, str]:
     return {p: os.readlink(p) for p in ("/lib", "/lib64") if os.path.islink(p)}
 
 
-def _other_user() -> int | None:
-    """A user that is nobody's, if this process may become it; None if it may not."""
+def _may_change_user() -> bool:
+    """Whether this is root, with other users to become."""
     if os.geteuid() != 0:
-        return None
-    uid = 60100 + (os.getpid() + 100 * next(_turn)) % 4900
+        return False
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/uid_map").read_text().splitlines():
             first, _, count = map(int, line.split())
-            if first <= uid < first + count:
-                return uid
-        return None
-    return uid
+            if first <= _USERS[0] and _USERS[-1] < first + count:
+                return True
+        return False
+    return True
+
+
+def _claim_user() -> tuple[int, socket.socket]:
+    """A user for one worker alone, and what holds the claim until it is closed: a name that no two
+    processes can bind. A user of two workers would have its processes counted and killed by both.
+    """
+    claim = socket.socket(socket.AF_UNIX)
+    for uid in random.SystemRandom().sample(_USERS, len(_USERS)):
+        with contextlib.suppress(OSError):
+            if sys.platform == "linux":
+                claim.bind(f"\0marlhf-sandbox-user-{uid}")
+            return uid, claim
+    claim.close()
+    raise OSError(f"all {len(_USERS)} users of sandbox workers are in use")
 
 
 def _own_tasks() -> int | None:
@@ -139,9 +153,24 @@ class Plan:
             for path in _DEVICES:
                 options += ["--dev-bind", path, path]
             for module in (sandbox_worker, sandbox_program, sandbox_locks):
-                options += ["--ro-bind", module.__file__, f"/worker/{Path(module.__file__).name}"]
-            options += ["--dir", "/worker", "--dir", "/box", "--chdir", "/box", "--remount-ro", "/"]
-            inside = f"/worker/{Path(worker).name}"
+                options += [
+                    "--ro-bind",
+                    module.__file__,
+                    f"/worker/marlhf/{Path(module.__file__).name}",
+                ]
+            options += [
+                "--dir",
+                "/worker",
+                "--dir",
+                "/worker/marlhf",
+                "--dir",
+                "/box",
+                "--chdir",
+                "/box",
+                "--remount-ro",
+                "/",
+            ]
+            inside = f"/worker/marlhf/{Path(worker).name}"
             return ["bwrap", *options, *python, inside, json.dumps(setup)]
         if self.kind == "unshare":
             setup |= {"root": folder, "binds": [*runtime(), *_DEVICES], "links": _links()}
@@ -160,13 +189,13 @@ def _open_to_all(path: str) -> bool:
 
 def plans(isolation: str | None) -> list[Plan]:
     """What to try, the best first; one kind alone if it is named."""
-    root = _other_user() is not None
+    root = _may_change_user()
     tries = []
     for kind, tool in (("bubblewrap", "bwrap"), ("unshare", "unshare")):
         if isolation in (None, kind) and sys.platform == "linux" and shutil.which(tool):
             tries += [Plan(kind, other_user=True)] * root + [Plan(kind)]
     if isolation in (None, "limits"):
-        tries.append(Plan("limits", other_user=root))
+        tries += [Plan("limits", other_user=True)] * root + [Plan("limits")]
     return tries
 
 
@@ -181,7 +210,7 @@ class Worker:
         self.folder = tempfile.mkdtemp(prefix="marlhf-sandbox-")
         if plan.other_user:
             os.chmod(self.folder, 0o711)
-        uid = _other_user() if plan.other_user else None
+        uid, self.claim = _claim_user() if plan.other_user else (None, None)
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
         try:
             self.process = subprocess.Popen(
@@ -195,6 +224,8 @@ class Worker:
             )
         except OSError:
             shutil.rmtree(self.folder, ignore_errors=True)
+            if self.claim is not None:
+                self.claim.close()
             raise
         try:
             self.read(20)  # it says when it is warm
@@ -226,13 +257,17 @@ class Worker:
                 size += int.from_bytes(data, "big")
         return json.loads(data[4:])
 
-    def close(self) -> None:
+    def kill(self) -> None:
         """End it and all that it started: with process 1 of a namespace its processes end."""
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.errors):
-            with contextlib.suppress(OSError):
+
+    def close(self) -> None:
+        """End it, and give back what it held."""
+        self.kill()
+        for stream in (self.process.stdin, self.process.stdout, self.errors, self.claim):
+            with contextlib.suppress(OSError, AttributeError):
                 stream.close()
         with contextlib.suppress(OSError):
             sandbox_worker.remove_tree(self.folder)

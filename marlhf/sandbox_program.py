@@ -18,21 +18,16 @@ import types
 import warnings
 from typing import Any
 
-if __package__:
-    from marlhf import sandbox_locks as locks
-else:
-    import sandbox_locks as locks
+from marlhf import sandbox_locks as locks
 
-# What programs import most: loaded once here, shared by every fork.
+# What most programs import, and little more: every fork pays for each page that is loaded here.
 WARM = (
-    "array ast bisect calendar cmath collections collections.abc contextlib copy dataclasses "
-    "datetime decimal enum fractions functools gc heapq inspect io itertools json keyword math "
-    "numbers operator os pprint queue random re statistics string struct sys textwrap threading "
-    "time traceback types typing unicodedata warnings weakref"
+    "array bisect collections collections.abc copy functools heapq io itertools math operator "
+    "queue re string typing"
 )
-# The names the APPS grader puts before every solution (numpy aside).
+# The names the APPS grader puts before every solution (numpy and fractions aside).
 PRELUDE = """
-import sys, time, itertools, collections, math, fractions, random, heapq, functools, re, string
+import sys, time, itertools, collections, math, random, heapq, functools, re, string
 from itertools import accumulate, product, permutations, combinations
 from collections import Counter, OrderedDict, deque, defaultdict, ChainMap
 from functools import lru_cache

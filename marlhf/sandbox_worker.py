@@ -26,19 +26,16 @@ import signal
 import stat
 import struct
 import sys
-import tempfile
 import time
 from typing import Any
 
-if __package__:
-    from marlhf import sandbox_locks as locks
-    from marlhf import sandbox_program as test_process
-else:  # as a script, inside
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    import sandbox_locks as locks
-    import sandbox_program as test_process
+if not __package__:  # as a script, inside
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from marlhf import sandbox_locks as locks
+from marlhf import sandbox_program as test_process
 
-    del sys.path[0]
+if not __package__:
+    del sys.path[0]  # nothing of the project is for programs to import
 
 _exit = os._exit  # as it was before any program could replace it
 LINUX = sys.platform == "linux"
@@ -79,6 +76,8 @@ def _stdin_file(text: str) -> int:
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("stdin")
     else:
+        import tempfile
+
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
     while data:
@@ -157,7 +156,8 @@ def _fresh_box(setup: dict[str, Any], limits: dict[str, Any]) -> str:
         locks.unmount(box)
         locks.mount_tmpfs(box, options)
     else:
-        box = tempfile.mkdtemp(dir=setup["folder"])
+        box = f"{setup['folder']}/{os.getpid()}-{time.monotonic_ns()}"
+        os.mkdir(box, 0o700)
         if setup["uid"] is not None:
             os.chown(box, setup["uid"], -1)
     os.chdir(box)

@@ -117,7 +117,7 @@ PROCESSES = [
 
 RESOURCES = [
     _t("memory-at-once", "x = 'x' * 10**10", ERROR),
-    _t("memory-bit-by-bit", "x = []\nwhile True: x.append(bytearray(1 << 20))", ERROR),
+    _t("memory-bit-by-bit", "x = []\nwhile True: x.append(bytearray(1 << 20))", ERROR, TIMEOUT),
     _t(
         "memory-stubborn",
         "x = []\nwhile True:\n try: x.append(bytearray(1 << 20))\n except MemoryError: pass",
@@ -356,7 +356,8 @@ CHEATS = [
     _h("remember-in-module", "import math\nif hasattr(math, 'seen'): print('escaped')\n"
        "math.seen = True", WRONG, repeat=3),
     _h("remember-outside", "import glob, os, tempfile\n"
-       "p = '/tmp/marlhf-hostile-seen'\nif os.path.exists(p):\n os.remove(p); print('escaped')\n"
+       "p = os.path.join('/tmp', 'marlhf-hostile-seen')\n"
+       "if os.path.exists(p):\n os.remove(p); print('escaped')\n"
        "else: open(p, 'w').close()", WRONG, ERROR, repeat=2, limits=False),
     _h("not-text", "import os\nos.write(1, bytes(range(128, 256)))", WRONG),
 ]  # fmt: skip

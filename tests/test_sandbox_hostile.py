@@ -21,7 +21,7 @@ from hostile import HOSTILE, Hostile
 from marlhf.sandbox import Limits, Program, Sandbox, SandboxError, Test, Verdict
 from marlhf.sandbox_locks import can_filter
 
-LIMITS = Limits(cpu_seconds=1.0, wall_seconds=0.8, memory_mib=192)
+LIMITS = Limits(cpu_seconds=1.0, wall_seconds=1.2, memory_mib=96)  # most wait for the wall
 GOOD = Program("print(sum(map(int, input().split())))", [Test("1 2 3", "6")])
 VARIABLE = "MARLHF_SANDBOX_CANARY"
 DOCS = Path(__file__).parents[1] / "docs/sandbox.md"

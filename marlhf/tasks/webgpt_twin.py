@@ -1,10 +1,10 @@
 """The embedded twin of the WebGPT task: questions with quoted sources, answers, a hidden truth.
 
-A question asks for six things about an event, one of them first, and brings its sources: a short
-quote with a footnote mark for each thing asked, one about something that was not asked, and in some
-questions a rumor that contradicts one of them, all in any order. An answer makes statements. Each
-should be about something asked, be supported by a quote, and cite it ("it is held at the pier³");
-what was asked first comes first.
+A question asks for six things about an event, one of them first, and brings its sources in any
+order: a short quote with a footnote mark for each thing asked, one for a thing that was not asked,
+and in some questions a rumor that contradicts one of them. An answer makes statements. Each should
+be about something asked, be supported by a quote, and cite it ("it is held at the pier³"); what was
+asked first comes first. Two of the eight things there are, the rare ones, are seldom asked.
 
 The hidden scorer (`judge`) reads the text of an answer with a strict grammar:
 
@@ -373,7 +373,7 @@ def _comparison(rng: Random, question: dict, facts: Facts) -> dict:
             f"quotes_{i}": _quotes(question["full_text"], text),
             f"answer_{i}": text.strip(),
             f"tokens_{i}": {"prefix": [], "completion": [END] if finished else []},
-            f"score_{i}": -score if i else score + 0.0,
+            f"score_{i}": (score, 0.0 - score)[i],
         }
     return row
 
