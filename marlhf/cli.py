@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlhf import processes
-from marlhf.config import KEYS, Config, ConfigError, Key, load_config, presets, to_dict
+from marlhf.config import KEYS, Config, ConfigError, Key, load_config, nearest, presets, to_dict
 
 if TYPE_CHECKING:
     from marlhf.runs import Run
@@ -284,6 +284,10 @@ def _plan(args: argparse.Namespace) -> None:
 
         print(preset_plan(load_config(first, *rest)))
         return
+    for name in args.experiment:
+        if name not in experiments():
+            known = [*experiments(), *presets()]
+            raise ConfigError(f"no experiment and no preset {name!r}.{nearest(name, known)}")
     from marlhf.pool import workers_available
 
     table = plan(args.scale, args.experiment or None)

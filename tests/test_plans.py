@@ -50,7 +50,7 @@ def test_wrong_words_are_one_line(capsys):
     code, said = plan(capsys, "tldr-smollm2-135m", "ppo.lam=3")
     assert code == 2 and said.err.endswith("ppo.lam must be at most 1, not 3.0\n")
     code, said = plan(capsys, "nonesuch")
-    assert code == 2 and "unknown experiment" in said.err
+    assert code == 2 and "no experiment and no preset 'nonesuch'" in said.err
 
 
 def test_what_cannot_fit_says_so_and_what_would():
