@@ -1,4 +1,4 @@
-"""The command line: marlhf sft | rm | ppo | eval | run | plan."""
+"""The command line: marlhf sft | rm | ppo | eval | run | push | plan."""
 
 from __future__ import annotations
 
@@ -191,6 +191,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.set_defaults(act=_run)
 
     sub = commands.add_parser(
+        "push",
+        help="a run's model to the hub, with a card that holds its manifest",
+        description="Uploads model/ of a finished run and a card. The repository is private unless "
+        "--public.\nLog in first: hf auth login.",
+        usage="marlhf push RUN REPOSITORY [--public]",
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    sub.add_argument("source", metavar="RUN", help="a run's folder")
+    sub.add_argument("repository", metavar="REPOSITORY", help="a hub name, as you/model")
+    sub.add_argument("--public", action="store_true", help="for everyone to see")
+    _add_common(sub)
+    sub.set_defaults(act=_push)
+
+    sub = commands.add_parser(
         "plan",
         help="the runs that a scale needs, and their minutes; or what a preset asks of a machine",
         description="The ledger: every run of every experiment at a scale, what is done already, "
@@ -273,6 +288,14 @@ def _run(args: argparse.Namespace) -> None:
     found.run(args.workers, progress=not args.quiet)
     for (arm, seed), spec in found.arm_specs().items():
         print(f"{arm} chain {seed}: {spec.folder}")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from marlhf.hub import push_to_hub
+
+    if args.overrides:
+        raise ConfigError(f"unknown argument {args.overrides[0]}: see marlhf push --help")
+    print(push_to_hub(args.source, args.repository, args.public))
 
 
 def _plan(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "accelerate", "peft
 # These start, store or draw runs; none of them changes a run's numbers.
 NOT_SOURCE = {
     *("", "__main__", "cli", "config", "runs", "identity", "stages", "pool", "experiment"),
-    *("plans", "memory"),
+    *("plans", "memory", "tracking", "hub"),
     *("figures", "claims", "report"),
 }
 

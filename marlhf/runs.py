@@ -42,6 +42,7 @@ from marlhf.identity import (
     source_hash,
     versions,
 )
+from marlhf.tracking import start_trackers, track
 
 if TYPE_CHECKING:
     import pandas
@@ -140,6 +141,7 @@ class Run:
         self.path = Path(path).absolute()
         self._lock: _Lock | None = None
         self._writes = processes.main()
+        self._trackers: list[Any] = []
         self._identity: dict[str, Any] | None = None
         self._config: dict[str, Any] | None = None
         self._before, self._start, self._progress = 0.0, time.monotonic(), -math.inf
@@ -192,6 +194,8 @@ class Run:
                 return run
             run.path.mkdir(parents=True, exist_ok=True)
             run._git = git_state()
+            where = runs_root(root) / "trackers"
+            run._trackers = start_trackers(run.path.name, where, plain(run._config))
             atomic_write(run.path / "config.json", json.dumps(plain(run._config), indent=1) + "\n")
         except BaseException:
             lock.release()
@@ -202,6 +206,8 @@ class Run:
         """Lets go of the lock; `finish` does it too."""
         if self._lock:
             self._lock.release()
+        while self._trackers:
+            self._trackers.pop().finish()
 
     def __enter__(self) -> Run:
         return self
@@ -247,6 +253,8 @@ class Run:
         line = json.dumps(plain(row), ensure_ascii=False, allow_nan=False) + "\n"
         with (self.path / f"{table}.jsonl").open("ab", buffering=0) as file:
             file.write(line.encode())
+        if self._trackers:
+            track(self._trackers, table, plain(row))
 
     def frame(self, table: str) -> pandas.DataFrame:
         """The table's rows. Raises ValueError for a table that is not there, or a broken line."""
