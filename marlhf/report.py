@@ -99,7 +99,7 @@ def tables(
     }  # fmt: skip
     if evals["chain"].nunique() > 1:
         made["power"] = claims.power(values, pairs)
-    if evals["true_score"].notna().all():
+    if evals["true_score"].notna().all() and (frames["runs"]["stage"] == "rm").any():
         made["gates"] = claims.gates(evals, frames["runs"])
     return made
 
