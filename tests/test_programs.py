@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from marlhf import programs
+from marlhf import figures, programs
 
 RIGHT = {  # of five samples: arm -> chain -> problem
     "sft": [{"p": 0, "q": 1}, {"p": 1, "q": 2}],
@@ -86,3 +86,13 @@ def test_gates(repeated):
     worse = repeated.assign(true_score=repeated["true_score"].where(repeated["arm"] == "sft", 0.5))
     table = programs.gates(programs.pass_rates(worse))
     assert not one(table, gate="pass@1 gained over PPO")["passes"]
+
+
+def test_the_picture_shows_every_difficulty_and_says_the_whole(repeated):
+    table = programs.table3(programs.pass_rates(repeated), "token")
+    picture = figures.pass_rates(table)
+    assert len(picture.figure.axes) == 2
+    labels = [t.get_text() for t in picture.figure.axes[0].get_xticklabels()]
+    assert labels == ["intro.", "competition", "all"]
+    whole = one(table, difficulty="all", k=1, arm="macro10")["mean"]
+    assert f"pass@1 MACRO10 {100 * whole:.1f}%" in picture.alt
