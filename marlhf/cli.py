@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlhf import processes
-from marlhf.config import KEYS, Config, ConfigError, Key, load_config, presets, to_dict
+from marlhf.config import KEYS, Config, ConfigError, Key, load_config, nearest, presets, to_dict
 
 if TYPE_CHECKING:
     from marlhf.runs import Run
@@ -192,13 +192,17 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser(
         "plan",
-        help="the runs that a scale needs, and their minutes",
+        help="the runs that a scale needs, and their minutes; or what a preset asks of a machine",
         description="The ledger: every run of every experiment at a scale, what is done already, "
-        "minutes by\nconfigs/ledger.yaml (measured, for those that are done), and the total.",
+        "minutes by\nconfigs/ledger.yaml (measured, for those that are done), and the total.\n\n"
+        "With a preset (marlhf plan PRESET [key=value ...]): parameters, memory by part, batches "
+        "and hours,\nwithout a download.",
         formatter_class=raw,
         allow_abbrev=False,
     )
-    sub.add_argument("experiment", nargs="*", help="these alone (default: all)")
+    sub.add_argument(
+        "experiment", nargs="*", help="these alone (default: all); or a preset and overrides"
+    )
     sub.add_argument("--scale", default="tiny", help="smoke, tiny (default) or full")
     _add_common(sub)
     sub.set_defaults(act=_plan)
@@ -272,7 +276,18 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from marlhf.experiment import plan
+    from marlhf.experiment import experiments, plan
+
+    first, *rest = args.experiment or [""]
+    if first in presets() and first not in experiments():
+        from marlhf.plans import preset_plan
+
+        print(preset_plan(load_config(first, *rest)))
+        return
+    for name in args.experiment:
+        if name not in experiments():
+            known = [*experiments(), *presets()]
+            raise ConfigError(f"no experiment and no preset {name!r}.{nearest(name, known)}")
     from marlhf.pool import workers_available
 
     table = plan(args.scale, args.experiment or None)

@@ -26,6 +26,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "accelerate", "peft
 # These start, store or draw runs; none of them changes a run's numbers.
 NOT_SOURCE = {
     *("", "__main__", "cli", "config", "runs", "identity", "stages", "pool", "experiment"),
+    *("plans", "memory"),
     *("figures", "claims", "report"),
 }
 

@@ -107,6 +107,14 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def parameters_of(shape: Any) -> int:
+    """Parameters of the causal LM of a shape."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return parameters(AutoModelForCausalLM.from_config(copy.deepcopy(shape)))
+
+
 # The count
 
 
@@ -156,6 +164,8 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
                     parameter.grad = torch.zeros_like(parameter)
         _update(config, policy, critic, processes)
         peak = tracker.peak
+    if processes > 1:  # DDP sums gradients in buckets of its own
+        peak["gradients"] *= 2
     size = parameters(policy)
     sampling = Counter(weights) + Counter(optimizer=tracker.now["optimizer"])
     rows = max(config.ppo.batch // processes, min(config.eval.batch, config.eval.prompts))

@@ -17,6 +17,7 @@ from typing import Any
 
 from marlhf import processes
 from marlhf.config import CONFIGS, read_yaml
+from marlhf.plans import require_fit
 from marlhf.runs import Run
 from marlhf.stages import Spec, compute, with_parents
 
@@ -236,6 +237,8 @@ def execute(
     order = with_parents(specs)
     found = processes.share({spec.hash for spec in order if spec.finished})
     todo = [spec for spec in order if spec.hash not in found]
+    for config in {str(s.config.model): s.config for s in todo if s.stage == "ppo"}.values():
+        require_fit(config)
     bar = _Progress(order, todo, progress and processes.main())
     try:
         if todo and (workers == 0 or processes.world() > 1):  # all processes share each run
