@@ -364,3 +364,32 @@ def forest(comparisons: pd.DataFrame) -> Picture:
         axis.set_xlabel("higher →" if unit == "score" else f"{unit} sooner →", fontsize=FONT)
     said = ". ".join(words)
     return Picture(figure, f"Paired differences over chains with 95% intervals. {said}.")
+
+
+def pass_rates(table: pd.DataFrame) -> Picture:
+    """Table 3: pass@k of every arm by difficulty with its 95% t interval over chains, a panel a k.
+    `table` is `programs.table3`."""
+    ks, levels = sorted(table["k"].unique()), list(dict.fromkeys(table["difficulty"]))
+    figure, axes = _panels(1, len(ks))
+    known, words = arms(table), []
+    for axis, k in zip(axes[0], ks, strict=True):
+        for number, (arm, label) in enumerate(known.items()):
+            rows = table[(table["k"] == k) & (table["arm"] == arm)].set_index("difficulty")
+            rows = rows.loc[levels]
+            shift = 0.16 * (number - (len(known) - 1) / 2)
+            x, half = np.arange(len(levels)) + shift, (rows["high"] - rows["low"]) / 2
+            colour, _, marker = (SFT, None, "o") if arm == "sft" else style(arm, list(known))
+            axis.errorbar(
+                x, 100 * rows["mean"], 100 * half.where(np.isfinite(half), 0), label=label,
+                color=colour, marker=marker, markersize=8, linestyle="none", linewidth=2.2,
+            )  # fmt: skip
+            if "all" in levels:
+                words.append(f"pass@{k} {label} {100 * rows.loc['all', 'mean']:.1f}%")
+        axis.set_xticks(range(len(levels)), [level.replace("introductory", "intro.")
+                                             for level in levels], fontsize=FONT - 1)  # fmt: skip
+        axis.set_ylim(0, None)
+        _name(axis, "difficulty", f"pass@{k} on held-out problems (%)")
+    _legend(figure, axes[0, 0])
+    chains = table["chains"].max()
+    said = f"Share of problems solved by difficulty, mean and 95% interval over {chains} chains."
+    return Picture(figure, f"{said} Over all problems: {', '.join(words)}.")

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from marlhf import claims, runs
+from marlhf import claims, programs, runs
 from marlhf.claims import SCORES, number
 from marlhf.config import CONFIGS, read_yaml
 
@@ -99,7 +99,7 @@ def tables(
     }  # fmt: skip
     if evals["chain"].nunique() > 1:
         made["power"] = claims.power(values, pairs)
-    if evals["true_score"].notna().all():
+    if evals["true_score"].notna().all() and (frames["runs"]["stage"] == "rm").any():
         made["gates"] = claims.gates(evals, frames["runs"])
     return made
 
@@ -259,10 +259,18 @@ def readme_block(scale: str = "tiny") -> str:
     rows = table2({task: tables for task, tables in made.items() if "arms" in tables})
     lines += ["", "Table 2, score of the reward model at the end (ours in spreads of the SFT "
               "model's score):", "", markdown(rows)]  # fmt: skip
+    for tables in made.values():
+        if "table3" in tables:
+            lines += ["", "Table 3, share of held-out problems solved:", "",
+                      markdown(programs.table3_wide(tables["table3"]))]  # fmt: skip
     for path, summary in found.values():
         tables, main = made[summary["task"]], summary["primary"]
         compared = tables["comparisons"]
-        shown = compared[(compared["endpoint"] == main) | (compared["unit"] == "updates")]
+        # the primary endpoint of every comparison; of the paper's own one, times to a score too
+        papers = compared["arm"].str.startswith("macro") & (compared["reference"] == "token")
+        shown = compared[
+            (compared["endpoint"] == main) | (papers & (compared["unit"] == "updates"))
+        ]
         place = path.relative_to(results_root().parent).as_posix()
         lines += [
             "",

@@ -244,7 +244,7 @@ class Sandbox:
             raise SandboxError(
                 "neither bubblewrap nor unshare isolates programs here, and limits alone do not "
                 "hold what nobody trusts: install bubblewrap or allow user namespaces, or pass "
-                "trusted=True (sandbox.allow_unsafe=true in a config) if the programs are harmless"
+                "trusted=True (data.allow_unsafe_programs=true in a config) if they are harmless"
             )
         _say_once(self.isolation)
         self._closed = False

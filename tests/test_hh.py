@@ -229,8 +229,8 @@ CLOSE = " glad to help."
     [
         (PERFECT, 7),
         (PERFECT.replace("like. i", "like, i"), 7),
-        (PERFECT.replace("kite", "lamp"), 5.75),  # the correction was not heeded
-        (PERFECT.replace("kite", "sofa"), 5.75),
+        (PERFECT.replace("kite", "lamp"), 6),  # the correction was not heeded
+        (PERFECT.replace("kite", "sofa"), 6),
         (PERFECT.replace(" i did cook the rice as you like.", ""), 6),  # one errand less
         (PERFECT.replace(" sure,", ""), 6),  # no opening
         (PERFECT.replace(CLOSE, ""), 6),  # no close
@@ -338,7 +338,7 @@ def test_a_dialogues_text_says_its_facts():
         turns.append(prompt.count("\n\nHuman:"))
         stale.append(len(facts.stale))
     assert set(turns) == {1, 2} and 1.7 < np.mean(turns) < 1.8
-    assert set(stale) == {0, 1} and 0.55 < np.mean(stale) < 0.65
+    assert set(stale) == {0, 1} and 0.45 < np.mean(stale) < 0.55
 
 
 def test_parts_of_the_twin(embedded):
@@ -414,7 +414,7 @@ def test_nothing_constant_scores_well(embedded):
     ]
     for text in constants:
         scores = [task.true_score(example, text, True) for example in embedded.valid]
-        assert np.mean(scores) < 0.1, text
+        assert np.mean(scores) < twin.BEST / 7, text
     polite = [task.true_score(e, " sure. glad to help.", True) for e in embedded.valid]
     assert np.mean(polite) == 2  # below what the demonstrations are worth
 

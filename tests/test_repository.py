@@ -1,6 +1,9 @@
 """What a clone promises: the lock covers what is asked for, files name no machine."""
 
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -143,3 +146,32 @@ def test_the_readme_names_what_there_is():
         assert function in (HOME / "marlhf" / name).read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert link.startswith("results/") or (HOME / link).exists(), link
+
+
+def test_the_readmes_own_task_is_one_file_that_runs(tmp_path):
+    """In a copy, as a reader would: the file is put in its place, and the command is given."""
+    text = (HOME / "README.md").read_text(encoding="utf-8").split("## Your own task")[1]
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    for folder in ("marlhf", "configs"):
+        shutil.copytree(
+            HOME / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    (tmp_path / "marlhf" / "tasks" / "backwards.py").write_text(code)
+    command = [
+        sys.executable,
+        "-m",
+        "marlhf",
+        "ppo",
+        "tldr-smoke",
+        "--task",
+        "backwards",
+        "--quiet",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "MARLHF_RUNS": str(tmp_path / "runs")}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "BACKWARDS:" in done.stdout and "true score" in done.stdout
+    (row,) = (tmp_path / "runs" / "sft").glob("*/manifest.json")
+    assert json.loads(row.read_text())["summary"]["best_score"] == 3

@@ -1,47 +1,54 @@
-"""What is committed under results/tiny: it passed its gates, and it is this code's."""
+"""What is committed under results/tiny: the twins passed their gates, and it is this code's."""
 
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from marlhf.config import load_config
+from marlhf.experiment import Experiment
 from marlhf.identity import source_hash
 from marlhf.stages import entry_modules
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "tiny"
+NAMES = ("fig02_tldr", "fig13_hh", "fig15_webgpt", "table3_apps")
+EVERY = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture(scope="module")
-def folder():
-    return RESULTS / "fig02_tldr"
+def table(name, kind):
+    return pd.read_csv(RESULTS / name / f"{kind}.csv")
 
 
-def test_the_twin_passes_its_gates(folder):
-    gates = pd.read_csv(folder / "gates.csv")
-    assert len(gates) == 6
+@EVERY
+def test_the_twin_passes_its_gates(name):
+    gates = table(name, "gates")
+    assert len(gates) == (2 if name == "table3_apps" else 6)
     failed = gates.loc[~gates["passes"], ["gate", "mean"]]
     assert failed.empty, f"\n{failed.to_string()}"
 
 
-def test_results_belong_to_this_code(folder):
+@EVERY
+def test_results_belong_to_this_code(name):
     """A module that computes runs has changed since: `make reproduce`, and commit results/tiny."""
-    runs = pd.read_csv(folder / "runs.csv")
-    config = load_config("tldr-tiny")
-    for stage in ("sft", "rm", "ppo"):
-        found = set(runs.loc[runs["stage"] == stage, "source"])
-        assert found == {source_hash(entry_modules(stage, config))}, stage
+    runs = table(name, "runs")
+    config = next(iter(Experiment.load(name).configs.values()))
+    for stage, found in runs.groupby("stage")["source"]:
+        assert set(found) == {source_hash(entry_modules(stage, config))}, stage
 
 
-def test_every_chain_has_every_arm(folder):
-    values = pd.read_csv(folder / "evals.csv")
-    pairs = values[["arm", "chain"]].drop_duplicates()
-    assert len(pairs) == values["arm"].nunique() * values["chain"].nunique() == 30
-    assert (values.groupby(["arm", "chain"])["update"].max() == 110).all()
+@EVERY
+def test_every_chain_has_every_arm_of_the_file(name):
+    values, experiment = table(name, "evals"), Experiment.load(name)
+    assert set(zip(values["arm"], values["chain"], strict=True)) == set(experiment.configs)
+    for key, last in values.groupby(["arm", "chain"])["update"].max().items():
+        assert last == experiment.configs[key].ppo.updates
 
 
-def test_the_pilot_chains_are_not_reported(folder):
-    pilot = pd.read_csv(RESULTS / "pilot.csv")
-    assert not set(pilot["chain"]) & set(pd.read_csv(folder / "evals.csv")["chain"])
-    best = pilot.groupby("lr")["auc_rm"].mean().idxmax()
-    assert best == load_config("tldr-tiny").ppo.lr  # as configs/experiments/pilot_tldr.yaml says
+@pytest.mark.parametrize(
+    "file, name, score",
+    [("pilot", "fig02_tldr", "auc_rm"), ("pilot_apps", "table3_apps", "auc_true")],
+)
+def test_the_pilots_chose_the_rates_and_are_not_reported(file, name, score):
+    pilot = pd.read_csv(RESULTS / f"{file}.csv")
+    assert not set(pilot["chain"]) & set(table(name, "evals")["chain"])
+    best = pilot.groupby("lr")[score].mean().idxmax()
+    assert {c.ppo.lr for c in Experiment.load(name).configs.values()} == {best}

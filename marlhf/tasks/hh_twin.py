@@ -8,8 +8,8 @@ each errand with its last value, and closes politely.
 
 The hidden scorer (`judge`) reads the text of a reply with a strict grammar:
 
-    score = right + polite - wrong / 4 - repeated - extras - invented - fillers - rude
-            - min(garbled / 4, 3) - unfinished
+    score = right + polite - repeated - extras - invented - fillers - rude - min(garbled / 4, 3)
+            - unfinished
 
 It makes the preferences, through a Bradley-Terry draw, and is the true score shown beside the
 reward model's everywhere; nothing is ever trained on it directly. A perfect reply gets 7.
@@ -31,7 +31,7 @@ from marlhf.tasks.shared_twin import join, pattern, pick, pick_other, prefers_fi
 PAIRS_PER_PROMPT = 2
 ASKED = 5  # errands that a person asks for
 TWO_TURNS = 0.75  # share of the dialogues with two turns of the person
-CORRECTED = 0.6  # share of the dialogues whose last turn corrects a value
+CORRECTED = 0.5  # share of the dialogues whose last turn corrects a value
 SHUFFLED = 0.2  # share of the replies whose reports come in any order
 TAKES_STALE = 0.5  # share of the wrong values that are the one corrected, where there is one
 LONGEST = 45  # words of a reply, connectors aside
@@ -128,7 +128,7 @@ class Verdict:
     """Counts of what a reply says; `score` weighs them."""
 
     right: int = 0  # errands asked for whose first report has the right value
-    wrong: int = 0  # errands asked for whose first report has another one
+    wrong: int = 0  # errands asked for whose first report has another one: worth nothing
     polite: int = 0  # a polite opening, a polite close: at most 2
     repeated: int = 0  # further reports of an errand
     extras: int = 0  # errands and offers that nobody asked for
@@ -143,7 +143,6 @@ class Verdict:
         return (
             self.right
             + self.polite
-            - 0.25 * self.wrong
             - self.repeated
             - self.extras
             - self.invented
@@ -284,7 +283,7 @@ class Noise:
     cut: float = 0.0
 
 
-DEMONSTRATOR = Noise(0.25, 0.04, 0.15, 0.45, 0.4, 0.25, 0.02, 0.1, 0.0, 0.0)
+DEMONSTRATOR = Noise(0.2, 0.04, 0.18, 0.45, 0.4, 0.25, 0.02, 0.05, 0.0, 0.0)
 # Those whose replies are compared, and how often each is asked: people, language models more and
 # less trained, and policies that game a reward model.
 WRITERS = {
