@@ -129,7 +129,7 @@ def _seeds(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    available = f"presets: {', '.join(presets())}"
+    available = textwrap.fill(f"presets: {', '.join(presets())}", 98, break_on_hyphens=False)
     main = argparse.ArgumentParser(
         "marlhf", description=OVERVIEW, epilog=EXAMPLES, formatter_class=raw
     )

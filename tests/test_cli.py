@@ -18,7 +18,7 @@ def run(capsys, *argv):
     return code, streams.out, streams.err
 
 
-@pytest.mark.parametrize("command", ["sft", "rm", "ppo", "eval", "run", "plan"])
+@pytest.mark.parametrize("command", ["sft", "rm", "ppo", "eval", "run", "push", "plan"])
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

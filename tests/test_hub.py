@@ -10,7 +10,7 @@ from marlhf.cli import main
 from marlhf.hub import model_card
 from marlhf.runs import Run
 
-CONFIG = {"model": {"name": "google/gemma-2b"}, "data": {"source": "/home/someone/rows"}}
+CONFIG = {"model": {"name": "google/gemma-2b"}, "data": {"source": "/folder/of/rows"}}
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_the_card_holds_the_manifest_and_no_folder(run):
     assert "base_model: google/gemma-2b" in card and "AutoModelForCausalLM" in card
     manifest = json.loads(card.rpartition("```json\n")[2].rpartition("\n```")[0])
     assert manifest["hash"] == run.hash and manifest["summary"] == {"after": {"rm_score": 1.5}}
-    assert manifest["config"]["data"]["source"] == "rows" and "/home" not in card
+    assert manifest["config"]["data"]["source"] == "rows" and "/folder" not in card
 
 
 def test_push_uploads_card_and_model(run, monkeypatch, capsys):
