@@ -266,10 +266,13 @@ def readme_block(scale: str = "tiny") -> str:
     for path, summary in found.values():
         tables, main = made[summary["task"]], summary["primary"]
         compared = tables["comparisons"]
-        # the primary endpoint of every comparison; of the paper's own one, times to a score too
+        # the primary endpoint of every comparison; of the paper's own one, times to a score
+        # and the truth at the end too
         papers = compared["arm"].str.startswith("macro") & (compared["reference"] == "token")
         shown = compared[
-            (compared["endpoint"] == main) | (papers & (compared["unit"] == "updates"))
+            (compared["endpoint"] == main)
+            | (papers & (compared["unit"] == "updates"))
+            | (papers & (compared["endpoint"] == f"final {SCORES['true_score']}"))
         ]
         place = path.relative_to(results_root().parent).as_posix()
         lines += [

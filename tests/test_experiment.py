@@ -274,7 +274,7 @@ def test_workers_end_with_their_parent(root, tmp_path, how):
         time.sleep(0.05)
     pids = [int(p.read_text()) for p in started]
     parent.send_signal(how)
-    parent.wait(timeout=10)
+    parent.wait(timeout=60)
     deadline = time.monotonic() + 10
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
