@@ -23,12 +23,12 @@ FONT = 13  # points
 STYLES = {  # arm: colour, line style, marker
     "token": ("#000000", "-", "o"),
     "macro5": ("#D55E00", "-", "s"),
+    "macro10": ("#E69F00", (0, (8, 2)), "P"),
     "whole": ("#0072B2", (0, (6, 1.5, 1.5, 1.5)), "D"),
     "token_matched": ("#009E73", (0, (5, 2)), "^"),
     "token_mc": ("#CC79A7", (0, (1.5, 1.2)), "v"),
 }
 SPARE = [
-    ("#E69F00", (0, (5, 2)), "P"),
     ("#56B4E9", (0, (3, 1, 1, 1)), "X"),
     ("#7F7F7F", (0, (1.5, 1.2)), "<"),
     ("#8C510A", "-", ">"),
@@ -388,7 +388,7 @@ def pass_rates(table: pd.DataFrame) -> Picture:
         axis.set_xticks(range(len(levels)), [level.replace("introductory", "intro.")
                                              for level in levels], fontsize=FONT - 1)  # fmt: skip
         axis.set_ylim(0, None)
-        _name(axis, "difficulty", f"pass@{k} on held-out problems (%)")
+        _name(axis, "difficulty", f"pass@{k} (%)")
     _legend(figure, axes[0, 0])
     chains = table["chains"].max()
     said = f"Share of problems solved by difficulty, mean and 95% interval over {chains} chains."

@@ -80,12 +80,13 @@ def table3_wide(table: pd.DataFrame) -> pd.DataFrame:
 def sentences(table: pd.DataFrame, pairs: Sequence[Sequence[str]], reference: str) -> list[str]:
     """Each arm against `reference` in pass@k over all problems, worded by its interval."""
     says = []
+    other = table.loc[table["arm"] == reference, "label"].iloc[0]
     for arm in [a for a, b in pairs if b == reference]:
         rows = table[(table["arm"] == arm) & (table["difficulty"] == "all")]
         for _, row in rows.iterrows():
             low, high = 100 * row["difference_low"], 100 * row["difference_high"]
             verdict = "higher" if low > 0 else "lower" if high < 0 else "not told apart"
-            text = f"pass@{row['k']}, {row['label']} against {reference}: {verdict}, difference "
+            text = f"pass@{row['k']}, {row['label']} against {other}: {verdict}, difference "
             text += f"{100 * row['difference']:.1f} points"
             if math.isfinite(low):
                 text += f" (95% interval {low:.1f} to {high:.1f}, {row['chains']} chains)"

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ def wide(responses: pd.DataFrame) -> pd.DataFrame:
     """`side_by_side` for reading: a prompt a row, a policy a column, scores after each response."""
     rows: dict[str, dict[str, str]] = {}
     for _, row in responses.iterrows():
-        scores = f"RM {row['rm_score']:.2f}"
-        scores += f", true {row['true_score']:.2f}" if not math.isnan(row["true_score"]) else ""
+        names = {"RM": row["rm_score"], "true": row["true_score"]}
+        scores = ", ".join(f"{n} {x:.2f}" for n, x in names.items() if not math.isnan(x))
         cells = rows.setdefault(row["prompt_id"], {"prompt": row["prompt"].strip()})
         cells[row["policy"]] = f"{row['response'].strip()} *({scores})*"
     return pd.DataFrame(rows.values())
@@ -89,6 +90,9 @@ def tables(
     a true score; without them they are left out.
     """
     evals, samples = frames["evals"], frames["samples"]
+    judged = bool((frames["runs"]["stage"] == "rm").any())
+    if not judged:  # the task scores itself: what trained the policy is the true score
+        evals, samples = evals.assign(rm_score=math.nan), samples.assign(rm_score=math.nan)
     values = claims.endpoints(evals, settings)
     made = {
         "evals": evals.drop(columns="prompts"), "metrics": frames["metrics"][KEPT],
@@ -99,7 +103,7 @@ def tables(
     }  # fmt: skip
     if evals["chain"].nunique() > 1:
         made["power"] = claims.power(values, pairs)
-    if evals["true_score"].notna().all() and (frames["runs"]["stage"] == "rm").any():
+    if judged and evals["true_score"].notna().all():
         made["gates"] = claims.gates(evals, frames["runs"])
     return made
 
@@ -110,7 +114,8 @@ def markdown(table: pd.DataFrame) -> str:
     def cell(x: Any) -> str:
         if isinstance(x, (float, np.floating)):
             return "" if math.isnan(x) else number(x)
-        return str(x).replace("|", "\\|").replace("\n", "<br>")
+        text = str(x).replace("|", "\\|").replace("\n", "<br>")
+        return re.sub("(?<=<br>) +", lambda spaces: "&nbsp;" * len(spaces[0]), text)  # programs
 
     lines = [list(table.columns), ["---"] * len(table.columns), *table.itertuples(index=False)]
     return "\n".join("| " + " | ".join(cell(x) for x in line) + " |" for line in lines)

@@ -84,8 +84,18 @@ def test_means_have_the_digits_of_their_interval():
 
 
 def test_markdown_cannot_be_broken_by_a_cell():
-    table = pd.DataFrame({"a": ["x|y\nz"], "b": [float("nan")]})
-    assert report.markdown(table).splitlines()[-1] == "| x\\|y<br>z |  |"
+    table = pd.DataFrame({"a": ["x|y\n  z"], "b": [float("nan")]})
+    assert report.markdown(table).splitlines()[-1] == "| x\\|y<br>&nbsp;&nbsp;z |  |"
+
+
+def test_a_task_that_scores_itself_has_no_score_of_a_reward_model():
+    given = frames.frames(chains=2, every=22, prompts=8)
+    given["runs"] = given["runs"][given["runs"]["stage"] != "rm"]
+    made = report.tables(given, {"score": "true_score", "primary": "auc"}, PAIRS)
+    assert made["evals"]["rm_score"].isna().all() and "gates" not in made
+    assert set(made["densities"]["measure"]) == {"true_score"}
+    assert "RM" not in report.markdown(report.wide(made["samples"]))
+    assert len(figures.curves(made["evals"]).figure.axes) == 1
 
 
 def test_the_summary_comes_last(made, folder):
