@@ -267,14 +267,19 @@ def alive(pid):
 def test_workers_end_with_their_parent(root, tmp_path, how):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent))))
-    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, str(script)],
+        stderr=subprocess.DEVNULL,
+        # a shell's background jobs, these tests perhaps among them, ignore Ctrl-C and pass it on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     started = [toy(n, kind="wait").folder / "started" for n in (1, 2)]
     deadline = time.monotonic() + 30
     while not all(p.is_file() and p.read_text() for p in started) and time.monotonic() < deadline:
         time.sleep(0.05)
     pids = [int(p.read_text()) for p in started]
     parent.send_signal(how)
-    parent.wait(timeout=60)
+    parent.wait(timeout=10)
     deadline = time.monotonic() + 10
     while any(map(alive, pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
