@@ -238,10 +238,13 @@ def table2(experiments: Mapping[str, Mapping[str, pd.DataFrame]]) -> pd.DataFram
 
 
 def finished_experiments(scale: str) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Folder and summary of each experiment whose results are whole, by name."""
+    """Folder and summary of each experiment whose results are whole, by name; not of those with a
+    single chain, which have no intervals (quickstart)."""
     found = {}
     for path in sorted((results_root() / scale).glob("*/summary.json")):
-        found[path.parent.name] = path.parent, json.loads(path.read_text())
+        summary = json.loads(path.read_text())
+        if summary["chains"] > 1:
+            found[path.parent.name] = path.parent, summary
     return found
 
 

@@ -55,7 +55,7 @@ def execute(path: Path, scale: str, given: dict) -> Path:
         progress_bar=False,
         stdout_file=sys.stdout,
         stderr_file=sys.stderr,
-        extra_arguments=["--IPKernelApp.log_level=40"],  # no notes about its sockets
+        extra_arguments=["--IPKernelApp.log_level=50"],  # no notes about its sockets and its end
     )
     return output
 

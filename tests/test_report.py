@@ -1,6 +1,7 @@
 """What an experiment leaves under results/, and the README's block."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import frames
@@ -119,6 +120,11 @@ def test_table_2_sets_ours_beside_the_papers(made):
 
 def test_the_readme_block_is_computed(folder):
     block = report.readme_block()
+    quick = folder.parent / "quickstart"  # one chain of the same task: nothing to report
+    shutil.copytree(folder, quick)
+    summary = json.loads((quick / "summary.json").read_text())
+    (quick / "summary.json").write_text(json.dumps(summary | {"chains": 1}))
+    assert report.readme_block() == block
     assert "results/tiny/fig02_tldr/fig02_updates.png" in block
     assert "MA-PPO, n = 5" in block
     assert "primary endpoint: mean RM score over training" in block
