@@ -181,7 +181,7 @@ class Run:
     def _open(cls, stage, name, identity, root, config) -> Run:
         digest, folder = run_hash(identity), runs_root(root) / stage
         found = cls.find(stage, digest, root)
-        if found and found.finished and not found._leftovers():
+        if found and found.finished and not found.leftovers():
             return found
         safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip(".-")
         lock = _Lock(folder / ".locks" / digest, folder / f"{safe}-{digest}")
@@ -388,7 +388,8 @@ class Run:
         self._clean()
         self.close()
 
-    def _leftovers(self) -> bool:
+    def leftovers(self) -> bool:
+        """Whether it was killed between its manifest and the end of its tidying up."""
         return (self.path / "checkpoints").exists() or (self.path / "progress.json").exists()
 
     def _clean(self) -> None:

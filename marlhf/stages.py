@@ -60,8 +60,9 @@ class Spec:
 
     @property
     def finished(self) -> bool:
+        """One that was killed while it tidied up is not: opening it finishes that."""
         found = Run.find(self.stage, self.hash)
-        return found is not None and found.finished
+        return found is not None and found.finished and not found.leftovers()
 
     @property
     def run(self) -> Run:

@@ -220,6 +220,16 @@ def test_execute_runs_all_and_finds_them_again(root, workers, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_killed_while_it_tidied_up_is_tidied_not_computed_again(root):
+    (run,) = execute([toy(1)], workers=0)
+    before = run.manifest
+    (run.path / "checkpoints").mkdir()
+    (again,) = execute([toy(2, toy(1))], workers=0)  # as a parent
+    assert again.manifest["summary"]["total"] == 3
+    assert not (run.path / "checkpoints").exists()
+    assert run.manifest == before
+
+
 def test_a_failing_run_stops_its_descendants_alone(root, capsys):
     bad, good = toy(1, kind="fail"), toy(2)
     below, beside = toy(3, bad, good), toy(4, good)
