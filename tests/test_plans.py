@@ -69,5 +69,5 @@ def test_what_cannot_fit_says_so_and_what_would():
 
 
 def test_a_model_of_unknown_shape_is_tried():
-    plans.require_fit(load_config("tldr-small", "model.name=some/model"), 1)
-    plans.require_fit(load_config("tldr-tiny"), 1)
+    assert plans.require_fit(load_config("tldr-small", "model.name=some/model"), 1) is None
+    assert plans.require_fit(load_config("tldr-tiny"), 1) is None
