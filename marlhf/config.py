@@ -130,13 +130,23 @@ class MacroConfig:
     termination: str = option(
         "fixed",
         "where a macro action ends (Sec. 3.2.1); whole is n = infinity",
-        choices=("token", "fixed", "random", "perplexity", "whole"),
+        choices=("token", "fixed", "random", "perplexity", "parsing", "whole"),
     )
     n: int = option(5, "tokens in a macro action (fixed)", least=1)
     lengths: list[int] = option([2, 3, 5, 10], "lengths to draw from (random)")
     repeats: int = option(3, "times the list of lengths is repeated and shuffled (random)", least=1)
     reading: str = option(
         "cumulative", "which perplexity must not rise", choices=("cumulative", "neighbour")
+    )
+    parser: str = option(
+        "twin", "who parses sentences (parsing)", choices=("twin", "stanza", "benepar")
+    )
+    cutoff: int = option(5, "a constituent of fewer tokens is a macro action (parsing)", least=2)
+    last_alone: bool = option(False, "the last token is a macro action of its own (official code)")
+    empty_step: bool = option(
+        False,
+        "an empty macro step before the last token where those before it are a multiple of n "
+        "(official code); needs last_alone",
     )
     value_weights: str = option(
         "equal",
@@ -373,6 +383,12 @@ def needs_rm(config: Config) -> bool:
     return config.ppo.reward == "rm" or config.ppo.critic_init == "rm"
 
 
+def is_variant(config: Config) -> bool:
+    """Whether PPO needs marlhf.variants: a parser, or the official code's departures."""
+    macro = config.ppo.macro
+    return macro.termination == "parsing" or macro.last_alone or macro.empty_step
+
+
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
@@ -448,7 +464,12 @@ def validate(config: Config) -> None:
         micro is None or rows % micro == 0,
         f"ppo.batch / ppo.minibatches ({rows}) must be a multiple of ppo.micro_batch ({micro})",
     )
-    lengths = config.ppo.macro.lengths
+    macro = config.ppo.macro
+    _check(
+        not macro.empty_step or (macro.last_alone and macro.termination in ("token", "fixed")),
+        "ppo.macro.empty_step needs ppo.macro.last_alone=true and termination token or fixed",
+    )
+    lengths = macro.lengths
     _check(
         len(lengths) > 0 and min(lengths) > 0,
         f"ppo.macro.lengths must hold integers above 0, not {lengths}",

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from marlhf import processes
-from marlhf.config import Config, ConfigError, nearest, needs_rm, to_dict
+from marlhf.config import Config, ConfigError, is_variant, nearest, needs_rm, to_dict
 from marlhf.identity import check_source
 from marlhf.runs import Run, atomic_write, run_hash, runs_root, source_hash, versions
 
@@ -84,7 +84,10 @@ class Spec:
         if self.stage == "eval":
             from marlhf.repeated import sample_repeatedly as train
         elif self.stage == "ppo":
-            from marlhf.ppo import train_ppo as train
+            if is_variant(self.config):
+                from marlhf.variants import train_variant as train
+            else:
+                from marlhf.ppo import train_ppo as train
 
             parents.setdefault("rm", None)
         elif self.stage == "rm":
@@ -192,6 +195,12 @@ def _sections(stage: str, config: Config) -> dict[str, Any]:
     if stage == "ppo":
         kept |= {"ppo": tree["ppo"], "eval": tree["eval"]}
         del kept["ppo"]["checkpoint_every"]
+        macro = kept["ppo"]["macro"]
+        if config.ppo.macro.termination != "parsing":
+            del macro["parser"], macro["cutoff"]
+        for name in ("last_alone", "empty_step"):  # off is as if there were no such setting
+            if not macro[name]:
+                del macro[name]
         return kept
     del tree[stage]["checkpoint_every"]
     # Both sample from the SFT model: for its true score, and to standardise the reward model.
@@ -202,7 +211,8 @@ def _sections(stage: str, config: Config) -> dict[str, Any]:
 
 def entry_modules(stage: str, config: Config) -> list[str]:
     """The modules whose code, and that of what they import, computes the stage."""
-    trainers = {"ppo": "marlhf.ppo", "eval": "marlhf.repeated"}
+    ppo = "marlhf.variants" if is_variant(config) else "marlhf.ppo"
+    trainers = {"ppo": ppo, "eval": "marlhf.repeated"}
     return [trainers.get(stage, "marlhf.supervised"), f"marlhf.tasks.{config.data.task}"]
 
 
