@@ -3,7 +3,7 @@
 configs/experiments/<name>.yaml holds the task, the chains of each scale, the arms with their
 settings, and, written down before the runs, the endpoints and the comparisons. An arm is measured
 in every chain, so that arms are compared within chains. `repeat` asks for repeated samples from
-every arm at its end, and from the SFT models.
+every arm at its end, and from the SFT models. `scales` has settings of one scale for all arms.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Experiment", "RunFailed", "Spec", "execute", "plan", "run", "run_stage", "stage_spec"]
 
-KEYS = ("title", "task", "presets", "chains", "arms", "repeat", "endpoints", "comparisons")
+KEYS = (
+    *("title", "task", "presets", "chains", "scales", "arms", "repeat"),
+    *("endpoints", "comparisons"),
+)
 TABLES = ("evals", "metrics", "samples")
 
 
@@ -105,13 +108,17 @@ class Experiment:
         preset = tree.get("presets", {}).get(scale, f"{tree['task']}-{scale}")
         labels, configs = {}, {}
         repeat = {"repeat": tree["repeat"]} if "repeat" in tree else {}
+        for key in tree.get("scales", {}):
+            if key not in tree["chains"]:
+                raise ConfigError(f"{path}, scales: no {key!r}.{nearest(key, tree['chains'])}")
+        sizes = tree.get("scales", {}).get(scale, {})
         for arm, settings in tree["arms"].items():
             settings = dict(settings or {})
             labels[arm] = str(settings.pop("label", arm))
             for seed in chains:
                 try:
                     configs[arm, seed] = load_config(
-                        preset, repeat, settings, *overrides, {"seed": seed}
+                        preset, repeat, sizes, settings, *overrides, {"seed": seed}
                     )
                 except ConfigError as error:
                     raise ConfigError(f"{path}, arm {arm}: {error}") from None
