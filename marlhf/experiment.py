@@ -214,7 +214,7 @@ def _repeat(tree: dict[str, Any], preset: str, overrides: Sequence[str]) -> dict
 
 
 def _quality_rows(spec: Spec) -> list[dict[str, Any]]:
-    """A row a temperature, from the summary: all responses counted there, few are kept as text."""
+    """A row a temperature, from the summary: all texts were counted there, few are kept."""
     summary = spec.run.manifest["summary"]["temperatures"]
     return [
         {"temperature": float(temperature), **{name: means[name] for name in QUALITY}}

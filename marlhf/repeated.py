@@ -56,8 +56,8 @@ def sample_repeatedly(
     Table "repeated": prompt_id, sample, temperature, rm_score and true_score (null where there is
     none), kl to the SFT model, ref_nll (-log probability under it at temperature 1, nats), length,
     finished, the task's labels; prompt and response of the first repeat.texts prompts. At
-    temperature 0 there is one sample. Summary: means a temperature, and over all of its responses
-    distinct-1, distinct-2 and the perplexity under the SFT model.
+    temperature 0 there is one sample. Summary: means a temperature, perplexity under the SFT model
+    over all of its responses, distinct-1 and distinct-2 over sample 0 of every prompt.
     """
     settings, source = config.repeat, policy / "model"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,9 +101,11 @@ def sample_repeatedly(
                 run.log("repeated", kept | head)
             rows, done = rows + found, done + 1
             run.progress(done, total)
+        # the more words, the fewer are new: one response a prompt, so that temperatures compare
+        first = [row["response"] for row in rows[: len(examples)]]
         means[f"{temperature:g}"] = {
             **summarise(rows),
-            "distinct1": distinct([row["response"] for row in rows], 1),
+            **{f"distinct{n}": distinct(first, n) for n in (1, 2)},
             "ref_perplexity": perplexity(rows),
             "prompts": len(examples),
         }

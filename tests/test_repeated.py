@@ -123,7 +123,7 @@ def test_surprise_of_the_reference_is_the_samplers_own(ppo):
     )
 
 
-def test_the_summary_counts_the_words_of_all_responses(ppo):
+def test_the_summary_of_a_temperature(ppo):
     ppo.config.repeat.texts = 5
     try:
         run = run_stage(eval_spec(ppo, "sft"))
@@ -131,7 +131,8 @@ def test_the_summary_counts_the_words_of_all_responses(ppo):
         ppo.config.repeat.texts = 2
     for temperature, rows in run.frame("repeated").groupby("temperature"):
         found = run.manifest["summary"]["temperatures"][f"{temperature:g}"]
-        responses = rows["response"].fillna("").tolist()
+        responses = rows.loc[rows["sample"] == 0, "response"].fillna("").tolist()
+        assert len(responses) == 5
         for n in (1, 2):
             assert found[f"distinct{n}"] == pytest.approx(distinct(responses, n))
         surprise = rows["ref_nll"].sum() / rows["length"].sum()
