@@ -139,7 +139,9 @@ class MacroConfig:
         "cumulative", "which perplexity must not rise", choices=("cumulative", "neighbour")
     )
     parser: str = option(
-        "twin", "who parses sentences (parsing)", choices=("twin", "stanza", "benepar")
+        "twin",
+        "who parses sentences (parsing): the twin's grammar, or stanza (English)",
+        choices=("twin", "stanza"),
     )
     cutoff: int = option(5, "a constituent of fewer tokens is a macro action (parsing)", least=2)
     last_alone: bool = option(False, "the last token is a macro action of its own (official code)")

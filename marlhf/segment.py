@@ -12,6 +12,8 @@ at temperature 1 (only `Perplexity` reads them); generator, a source of randomne
 `RandomNgram` draws). The result lies on the mask's device and nothing here waits for that device,
 `check_segments` excepted.
 
+`Constituency`, a parser's macro actions, stands in `marlhf.parsing`; its name is found here too.
+
 A new termination condition is one frozen dataclass whose fields are its settings and whose
 `__call__` says where macro actions start (`from_starts` numbers them), plus a line in
 `TERMINATIONS`.
@@ -235,6 +237,15 @@ def from_starts(starts: Tensor, mask: Tensor) -> Tensor:
     token always starts one, and what `starts` says off the mask is not read."""
     starts = (starts | (valid_index(mask) == 0)) & mask
     return _off_mask(starts.cumsum(1).sub_(1), mask)
+
+
+def __getattr__(name: str):
+    """`Constituency` lives in marlhf.parsing, which needs this module and a tokenizer."""
+    if name != "Constituency":
+        raise AttributeError(f"module 'marlhf.segment' has no attribute {name!r}")
+    from marlhf.parsing import Constituency
+
+    return Constituency
 
 
 def _off_mask(ids, mask):

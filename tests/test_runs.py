@@ -1,5 +1,6 @@
 """Runs: identity, atomic checkpoints, kills, locks, tables."""
 
+import ast
 import json
 import os
 import random
@@ -110,6 +111,45 @@ def test_source_hash_ignores_what_changes_no_numbers(package, module):
     before = source_hash(["marlhf.ppo"])
     package(module, "changed = 1\n")
     assert source_hash(["marlhf.ppo"]) == before
+
+
+REEXPORT = """
+def __getattr__(name):
+    if name != "other":
+        raise AttributeError(name)
+    from marlhf.other import other
+
+    return other
+"""
+
+
+def test_source_hash_ignores_a_lazy_reexport(package, tmp_path):
+    """It computes nothing; a method of that name does."""
+    before = source_hash(["marlhf.ppo"])
+    path = tmp_path / "segment.py"
+    text = path.read_text()
+    path.write_text(text + REEXPORT)
+    assert source_hash(["marlhf.ppo"]) == before
+    path.write_text(text + "class Lazy:\n" + textwrap.indent(REEXPORT, "    "))
+    assert source_hash(["marlhf.ppo"]) != before
+
+
+def test_nothing_in_marlhf_takes_a_name_from_its_reexport():
+    """Or the hash of what it computes would miss the module that the name comes from."""
+    home = Path(identity_module.__file__).parent
+    trees = {path: ast.parse(path.read_text()) for path in home.rglob("*.py")}
+    lazy = {
+        path.relative_to(home).as_posix()
+        for path, tree in trees.items()
+        if any(isinstance(n, ast.FunctionDef) and n.name == "__getattr__" for n in tree.body)
+    }
+    assert lazy == {"__init__.py", "segment.py"}  # the package's own is in no hash
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "marlhf.segment":
+                assert "Constituency" not in [alias.name for alias in node.names], path
+            named = isinstance(node, ast.Attribute) and node.attr == "Constituency"
+            assert not named, path
 
 
 def test_source_hash_of_no_module():
