@@ -2,8 +2,8 @@
 figure with its alternative text. Nothing here runs, loads or knows a model.
 
 Tables are those of an experiment (columns arm, label, chain, then the run's own) or of `report`.
-Arms keep one colour, line style and marker in all pictures (Okabe and Ito's palette; line styles
-differ too, for those who print in grey). Fonts are sized to be read at half a page's width.
+Arms keep one colour, line style and marker in all pictures (most of Okabe and Ito's palette; line
+styles differ too, for those who print in grey). Fonts are sized to be read at half a page's width.
 Bands are 95% t intervals over chains, the replicates; a thin line is one chain.
 """
 
@@ -20,19 +20,55 @@ from matplotlib.figure import Figure
 from marlhf import runs, stats
 
 FONT = 13  # points
-STYLES = {  # arm: colour, line style, marker
+DASH, DOTS, MIXED = (0, (5, 2)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5))
+LONG, SHORT = (0, (8, 2)), (0, (3, 1, 1, 1))
+STYLES = {  # arm: colour, line style, marker; told apart within every experiment
+    # token PPO by λ, darkest at the paper's 0.95: greys below it, greens and blue above
+    "token_80": ("#B8B8B8", DOTS, "v"),
+    "token_90": ("#7D7D7D", SHORT, "<"),
     "token": ("#000000", "-", "o"),
+    "token_99": ("#00664B", LONG, ">"),
+    "token_matched": ("#009E73", DASH, "^"),
+    "token_mc": ("#56B4E9", DOTS, "p"),
+    # by n, the longer the darker
+    "macro3": ("#EDB120", SHORT, "X"),
     "macro5": ("#D55E00", "-", "s"),
-    "macro10": ("#E69F00", (0, (8, 2)), "P"),
-    "whole": ("#0072B2", (0, (6, 1.5, 1.5, 1.5)), "D"),
-    "token_matched": ("#009E73", (0, (5, 2)), "^"),
-    "token_mc": ("#CC79A7", (0, (1.5, 1.2)), "v"),
+    "macro10": ("#A8226C", LONG, "P"),
+    "whole": ("#3F2B96", MIXED, "D"),
+    # n = 5 by λ, the larger the darker
+    "macro5_80": ("#F7CDA6", DOTS, "X"),
+    "macro5_90": ("#EC974F", SHORT, "P"),
+    "macro5_99": ("#983F00", LONG, "D"),
+    "macro5_mc": ("#5A2600", DASH, "h"),
+    # by size
+    "token_small": ("#B8B8B8", DOTS, "v"),
+    "token_large": ("#5F6B7A", DASH, "^"),
+    "macro5_small": ("#F2AE6E", SHORT, "X"),
+    "macro5_large": ("#8A3900", LONG, "D"),
+    # other ends of a macro action
+    "random": ("#0072B2", DASH, "^"),
+    "perplexity": ("#CC79A7", DOTS, "v"),
+    "parsing": ("#009E73", MIXED, "D"),
+    # other weights of its values
+    "unit": ("#0072B2", DASH, "^"),
+    "decay": ("#E8B000", DOTS, "v"),
+    "first": ("#009E73", MIXED, "D"),
+    # other estimators, and the official code's
+    "mean_rewards": ("#0072B2", DASH, "^"),
+    "whitened": ("#E8B000", DOTS, "v"),
+    "critic_policy": ("#009E73", MIXED, "D"),
+    "critic_zero": ("#8E2F73", LONG, "P"),
+    "token_whitened": ("#A8A8A8", SHORT, "X"),
+    "token_empty": ("#A8A8A8", SHORT, "X"),
+    "last_alone": ("#E8B000", DOTS, "v"),
+    "empty_step": ("#009E73", MIXED, "D"),
+    "official": ("#8E2F73", LONG, "P"),
 }
 SPARE = [
-    ("#56B4E9", (0, (3, 1, 1, 1)), "X"),
-    ("#7F7F7F", (0, (1.5, 1.2)), "<"),
+    ("#56B4E9", SHORT, "X"),
+    ("#7F7F7F", DOTS, "<"),
     ("#8C510A", "-", ">"),
-    ("#35978F", (0, (8, 2)), "h"),
+    ("#35978F", LONG, "h"),
 ]
 SFT = "#888888"
 NAMES = {
@@ -44,6 +80,7 @@ NAMES = {
     "length": "response length (tokens)",
     "finished": "share finished",
     "distinct2": "distinct bigrams (share)",
+    "explained_variance": "explained variance of the critic",
     "adv_l2_macro": "advantages:\nL2 over macro steps",
     "q_l2_macro": "Q values:\nL2 over macro steps",
     "adv_rms_token": "advantages:\nRMS per token",
