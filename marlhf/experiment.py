@@ -3,7 +3,7 @@
 configs/experiments/<name>.yaml holds the task, the chains of each scale, the arms with their
 settings, and, written down before the runs, the endpoints and the comparisons. An arm is measured
 in every chain, so that arms are compared within chains. `repeat` asks for repeated samples from
-every arm at its end, and from the SFT models.
+every arm at its end, and from the SFT models. `scales` has settings of one scale for all arms.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Experiment", "RunFailed", "Spec", "execute", "plan", "run", "run_stage", "stage_spec"]
 
-KEYS = ("title", "task", "presets", "chains", "arms", "repeat", "endpoints", "comparisons")
+KEYS = (
+    *("title", "task", "presets", "chains", "scales", "arms", "repeat"),
+    *("endpoints", "comparisons"),
+)
 TABLES = ("evals", "metrics", "samples")
 QUALITY = (  # of the responses at one temperature, from the summary of a run of repeated samples
     *("rm_score", "true_score", "kl", "length", "finished"),
@@ -108,14 +111,18 @@ class Experiment:
         chains = tuple(range(tree["chains"][scale]) if seeds is None else seeds)
         preset = tree.get("presets", {}).get(scale, f"{tree['task']}-{scale}")
         labels, configs = {}, {}
-        repeat = _repeat(tree, preset, overrides)
+        repeat = {"repeat": tree["repeat"]} if "repeat" in tree else {}
+        for key in tree.get("scales", {}):
+            if key not in tree["chains"]:
+                raise ConfigError(f"{path}, scales: no {key!r}.{nearest(key, tree['chains'])}")
+        sizes = tree.get("scales", {}).get(scale, {})
         for arm, settings in tree["arms"].items():
             settings = dict(settings or {})
             labels[arm] = str(settings.pop("label", arm))
             for seed in chains:
                 try:
                     configs[arm, seed] = load_config(
-                        preset, repeat, settings, *overrides, {"seed": seed}
+                        preset, repeat, sizes, settings, *overrides, {"seed": seed}
                     )
                 except ConfigError as error:
                     raise ConfigError(f"{path}, arm {arm}: {error}") from None
@@ -200,17 +207,6 @@ class Experiment:
             rows.append({"arm": " ".join(arms), **_manifest_row(spec)})
         frames["runs"] = pandas.DataFrame(rows)
         return frames
-
-
-def _repeat(tree: dict[str, Any], preset: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The section `repeat` as settings, of no more prompts than the scale has (smoke has few)."""
-    if "repeat" not in tree:
-        return {}
-    repeat = dict(tree["repeat"])
-    if repeat.get("prompts"):
-        valid = load_config(preset, *overrides).data.valid
-        repeat["prompts"] = min(repeat["prompts"], valid)
-    return {"repeat": repeat}
 
 
 def _quality_rows(spec: Spec) -> list[dict[str, Any]]:
