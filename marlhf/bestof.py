@@ -46,7 +46,8 @@ def kl_of_selection(n: int) -> float:
 
 def best_of_n(repeated: pd.DataFrame, ns: Sequence[int] = NS) -> pd.DataFrame:
     """The chosen response's scores by N, means over prompts: arm, label, chain, temperature, n,
-    rm_score, true_score, kl, length, ref_perplexity, kl_of_selection.
+    rm_score, true_score, kl, length, ref_perplexity, kl_of_selection. Of `ns` those that the number
+    of samples allows.
 
     repeated: an experiment's repeated samples (arm, label, chain, temperature, prompt_id, sample,
     and the measures; true_score null where there is none). Raises ValueError where a sample has no
@@ -67,7 +68,7 @@ def best_of_n(repeated: pd.DataFrame, ns: Sequence[int] = NS) -> pd.DataFrame:
         ordered = group.sort_values(["prompt_id", "sample"])
         shape = len(counts), int(counts.iloc[0])
         table = {name: ordered[name].to_numpy(float).reshape(shape) for name in MEASURES}
-        for n in ns:
+        for n in [each for each in ns if each <= shape[1]]:
             weights = selection_weights(table["rm_score"], n)
             means = {m: float((weights * x).sum(-1).mean()) for m, x in table.items()}
             surprise = means.pop("ref_nll") / means["length"]
@@ -81,6 +82,12 @@ def best_of_n(repeated: pd.DataFrame, ns: Sequence[int] = NS) -> pd.DataFrame:
 def title(score: str, n: int, temperature: float | None = None) -> str:
     """Title of an endpoint of Fig. 8; without a temperature, the mean over all of them."""
     return at_temperature(f"{claims.SCORES[score]} of the best of {n}", temperature)
+
+
+def primary(samples: int) -> str:
+    """Title of the primary endpoint: the RM score of the best of 16, or of the largest compared N
+    that so many samples allow (smoke has few), mean over temperatures."""
+    return title("rm_score", max(n for n in COMPARED if n <= min(16, samples)))
 
 
 def compared_titles(curves: pd.DataFrame) -> list[str]:

@@ -112,6 +112,16 @@ def test_endpoints_have_the_titles_that_claims_are_judged_by(curves):
     ]
 
 
+@pytest.mark.parametrize("samples, n", [(32, 16), (16, 16), (8, 4), (1, 1)])
+def test_the_primary_endpoint_is_the_one_that_claims_name(samples, n):
+    assert bestof.primary(samples) == f"RM score of the best of {n}, mean over temperatures"
+
+
+def test_no_larger_n_than_the_samples_allow(curves):
+    pd.testing.assert_frame_equal(bestof.best_of_n(repeated()), curves)
+    assert bestof.primary(4) in set(bestof.endpoints(curves).endpoint)
+
+
 def test_real_data_has_no_truth_to_choose_by(curves):
     blind = curves.assign(true_score=math.nan)
     assert set(bestof.endpoints(blind).endpoint.str[:2]) == {"RM"}
