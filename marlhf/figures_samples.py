@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from marlhf import stats
+from marlhf.claims import number
 from marlhf.figures import FONT, NAMES, SFT, Picture, _has, _legend, _panels, arms, style
 
 SCORES = ("rm_score", "true_score")
@@ -41,9 +42,9 @@ def _read(frame: pd.DataFrame, x: str, measure: str, at: Sequence[float]) -> str
     """'label 1.20, 1.95': an arm's means over chains at the given x."""
     means = frame.groupby(["arm", x])[measure].mean()
     return ", ".join(
-        f"{label} " + " and ".join(f"{means[arm, value]:.3g}" for value in at)
+        f"{label} " + " and ".join(number(means[arm, value]) for value in at)
         for arm, label in arms(frame).items()
-    ).replace("-", "−")
+    )
 
 
 def best_of_n(curves: pd.DataFrame, measures: Sequence[str] = SCORES) -> Picture:
@@ -82,13 +83,15 @@ def by_temperature(quality: pd.DataFrame, measures: Sequence[str] = SCORES) -> P
     """Fig. 21: measures against the sampling temperature, two panels a row. `quality`: an
     experiment's frame of that name (arm, label, chain, temperature, measures)."""
     measures = _has(quality, measures)
-    ends = quality["temperature"].min(), quality["temperature"].max()
+    temperatures = sorted(quality["temperature"].unique())
+    ends = temperatures[0], temperatures[-1]
     figure, axes = _panels(-(-len(measures) // 2), min(2, len(measures)))
     for axis in axes.flat[len(measures) :]:
         axis.remove()
     words = []
     for axis, measure in zip(axes.flat, measures, strict=False):
         _draw(axis, quality, "temperature", measure)
+        axis.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
         axis.set_xlabel("sampling temperature", fontsize=FONT)
         axis.set_ylabel(WORDS[measure], fontsize=FONT)
         words.append(f"{WORDS[measure]}: {_read(quality, 'temperature', measure, ends)}")
