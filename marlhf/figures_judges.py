@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from marlhf.figures import FONT, Picture, _legend, _panels, style
+from marlhf.figures import FONT, Picture, _legend, _panels
 from marlhf.winrates import percent
 
 JUDGES = {"RM score": ("#0072B2", "s"), "true score": ("#D55E00", "o")}
@@ -69,13 +69,14 @@ def win_rates(table: pd.DataFrame, paper: Mapping[str, Mapping[str, Sequence[flo
             y = len(compared) + 0.5 * i
             axis.plot(
                 [100 * v for v in values], [y] * len(values), marker="x", color=PAPER,
-                markersize=9, markeredgewidth=2, label=None if i else "the paper's",
+                markersize=9, markeredgewidth=2, linestyle="none",
+                label=None if i else "the paper's",
             )  # fmt: skip
             if values:
                 words.append(f"the paper's {task} by {name} "
                              + " to ".join(f"{100 * v:.0f}%" for v in values))  # fmt: skip
         axis.axvline(50, color=PAPER, linewidth=1.2)
-        axis.set_xlim(25, 90)
+        axis.set_xlim(15, 95)
         axis.set_title(task, fontsize=FONT, loc="left")
         axis.set_xlabel("win rate (%)", fontsize=FONT)
         names = [f"{a}\nvs {b}" for a, b in compared] + [f"paper: {name}" for name in theirs]
@@ -132,28 +133,29 @@ def agreement(table: pd.DataFrame, paper: Mapping[str, Sequence[float]]) -> Pict
     configs/paper.yaml.
     """
     tasks, kinds = (list(dict.fromkeys(table[name])) for name in ("task", "pairs"))
-    figure, axes = _panels(1, 1, height=1.6 + 0.9 * len(tasks))
-    axis, words = axes[0, 0], []
-    for (name, (low, high)), hatch in zip(paper.items(), ("", "//"), strict=False):
-        axis.axvspan(100 * low, 100 * high, facecolor="#DDDDDD" if not hatch else "none",
-                     edgecolor="#999999", hatch=hatch, linewidth=0,
-                     label=f"the paper's {name}")  # fmt: skip
-        words.append(f"the paper's {name} {100 * low:.0f} to {100 * high:.0f}%")
-    for i, kind in enumerate(kinds):
-        colour, _, marker = style(["macro5", "token_matched", "whole"][i % 3], ())
-        for y, task in enumerate(tasks):
+    figure, axes = _panels(1, len(tasks), height=1.3 + 0.65 * len(kinds))
+    words = [
+        f"the paper's {name} {100 * a:.0f} to {100 * b:.0f}%" for name, (a, b) in paper.items()
+    ]
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for (name, (low, high)), hatch in zip(paper.items(), (None, "//"), strict=False):
+            face = "none" if hatch else "#CCCCCC"
+            axis.axvspan(100 * low, 100 * high, facecolor=face, edgecolor="#888888", hatch=hatch,
+                         linewidth=0, label=f"the paper's {name}")  # fmt: skip
+        for y, kind in enumerate(kinds):
             for _, row in table[(table["task"] == task) & (table["pairs"] == kind)].iterrows():
-                shift = 0.24 * (i - (len(kinds) - 1) / 2)
                 if math.isnan(row["mean"]):  # nothing was decided
                     continue
-                said = _interval(axis, y + shift, row, colour, marker,
-                                 label=kind if y == 0 else None)  # fmt: skip
+                name = None if y else "ours: RM score and true score"
+                said = _interval(axis, y, row, *JUDGES["RM score"], label=name)
                 words.append(f"{task}, {kind} {said}")
-    axis.axvline(50, color=PAPER, linewidth=1.2)
-    axis.set_xlim(40, 100)
-    axis.set_xlabel("pairs on which RM score and true score agree (%)", fontsize=FONT)
-    _names(axis, range(len(tasks)), tasks)
-    _legend(figure, axis)
+        axis.axvline(50, color=PAPER, linewidth=1.2)
+        axis.set_xlim(15, 103)
+        axis.set_title(task, fontsize=FONT, loc="left")
+        axis.set_xlabel("agreement (%)", fontsize=FONT)
+        names = [kind.replace(" against ", "\nvs ") for kind in kinds]
+        _names(axis, range(len(kinds)), names if axis is axes[0, 0] else [""] * len(names))
+    _legend(figure, axes[0, 0])
     return Picture(
         figure,
         "Agreement of RM score and true score over pairs that neither calls a tie, with 95% "

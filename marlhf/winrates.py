@@ -16,7 +16,7 @@ from scipy import optimize, special
 from scipy.stats import norm
 
 from marlhf import stats
-from marlhf.claims import SCORES, number
+from marlhf.claims import SCORES
 
 KEYS = ["arm", "label", "reference", "reference_label"]
 SFT = "sft"
@@ -144,17 +144,20 @@ def by_chain(pairs: pd.DataFrame, outcomes: Mapping[str, Sequence[float]]) -> pd
 
 
 def over_chains(table: pd.DataFrame, measures: Sequence[str], by: Sequence[str]) -> pd.DataFrame:
-    """Mean over chains of each measure with its 95% t interval (infinite for a single chain): the
-    columns `by`, measure, mean, low, high, chains. A measure that a chain has no number for has no
-    mean either."""
+    """Mean over chains of each measure, a share, with its 95% t interval, which ends at 0 and 1
+    (infinite for a single chain): the columns `by`, measure, mean, low, high, chains. A measure
+    that a chain has no number for has no mean either."""
     rows = []
     for key, group in table.groupby(list(by), sort=False):
         for measure in measures:
             values = group[measure].to_numpy(float)
             known = np.isfinite(values).all()
             mean = stats.mean_interval(values) if known else stats.Interval(*[math.nan] * 3, 0)
+            low, high = mean.low, mean.high
+            if mean.n > 1:
+                low, high = max(0.0, low), min(1.0, high)
             head = dict(zip(by, key, strict=True)) | {"measure": measure}
-            rows.append(head | {"mean": mean.mean, "low": mean.low, "high": mean.high,
+            rows.append(head | {"mean": mean.mean, "low": low, "high": high,
                                 "chains": len(values)})  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -217,13 +220,13 @@ def agreement_by_chain(
     return pd.DataFrame(rows)
 
 
-def endpoints(rates: pd.DataFrame, agreed: pd.DataFrame) -> pd.DataFrame:
+def endpoints(rates: pd.DataFrame, agreed: pd.DataFrame | None = None) -> pd.DataFrame:
     """What the claims read, columns as `claims.endpoints`: win rates, raw and length-controlled,
     and agreements, all shares, a row an arm, chain and endpoint.
 
-    rates: `by_chain` with the column task; agreed: `agreement_by_chain` with task. Titles name task
-    and judge, and the reference where it is not the arm "token". Agreement is on the responses of
-    MA-PPO and PPO; it is left out where a chain has none, because no pair was decided.
+    rates: `by_chain` with the column task; agreed: `agreement_by_chain` with task, if any. Titles
+    name task and judge, and the reference where it is not the arm "token". Agreement is on the
+    responses of MA-PPO and PPO; it is left out where a chain has none: no pair was decided.
     """
     rows = []
     titles = {"win_rate": "win rate", "length_controlled": "length-controlled win rate"}
@@ -234,8 +237,8 @@ def endpoints(rates: pd.DataFrame, agreed: pd.DataFrame) -> pd.DataFrame:
                 "endpoint": f"{title} on {row['task']}, {row['judge']}{against}",
                 "value": row[name],
             })  # fmt: skip
-    known = agreed[agreed["reference"] == "token"].groupby("task", sort=False)
-    for task, group in known:
+    agreed = pd.DataFrame(columns=["reference", "task"]) if agreed is None else agreed
+    for task, group in agreed[agreed["reference"] == "token"].groupby("task", sort=False):
         if group["agreement"].notna().all():
             title = f"agreement on {task}, {SCORES['rm_score']} and {SCORES['true_score']}"
             part = group[["arm", "label", "chain"]].assign(endpoint=title, value=group["agreement"])
@@ -272,6 +275,14 @@ def percent(x: float) -> str:
     return f"{100 * x:.1f}%"
 
 
+def _interval(row: pd.Series) -> str:
+    """57.6% (50.8 to 64.4); a bound that would read 50.0 has another digit."""
+    bounds = [f"{100 * row[end]:.1f}" for end in ("low", "high")]
+    if "50.0" in bounds:
+        bounds = [f"{100 * row[end]:.2f}" for end in ("low", "high")]
+    return f"{percent(row['mean'])} ({' to '.join(bounds)})"
+
+
 def sentence(rows: pd.DataFrame) -> str:
     """One judge's win rate in words, from its two rows of `over_chains` (win_rate,
     length_controlled); the verdict is the interval's of the raw rate: above one half or below."""
@@ -283,6 +294,18 @@ def sentence(rows: pd.DataFrame) -> str:
         return f"{who}: {percent(raw['mean'])}; a single chain has no interval over chains."
     verdict = "preferred" if raw["low"] > 0.5 else "not told apart"
     verdict = "preferred less" if raw["high"] < 0.5 else verdict
-    each = [f"{percent(r['mean'])} ({number(100 * r['low'])} to {number(100 * r['high'])})"
-            for r in (raw, controlled)]  # fmt: skip
-    return f"{who}: {verdict}, {each[0]}, at equal length {each[1]}, {raw['chains']} chains."
+    text = f"{verdict}, {_interval(raw)}, at equal length {_interval(controlled)}"
+    return f"{who}: {text}, {raw['chains']} chains."
+
+
+def agreement_sentence(row: pd.Series) -> str:
+    """A row of `over_chains` of agreements (task, pairs) in words; the verdict is its interval's:
+    above what chance gives, one half, or below."""
+    who = f"{row['task']}, {row['pairs']}"
+    if math.isnan(row["mean"]):
+        return f"{who}: there is no pair that both judges decide, in one chain or more."
+    if row["chains"] == 1:
+        return f"{who}: {percent(row['mean'])}; a single chain has no interval over chains."
+    verdict = "more than by chance" if row["low"] > 0.5 else "not told apart from chance"
+    verdict = "less than by chance" if row["high"] < 0.5 else verdict
+    return f"{who}: {verdict}, {_interval(row)}, {row['chains']} chains."

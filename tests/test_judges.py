@@ -215,6 +215,24 @@ def test_the_words_follow_the_interval(made):
         text = winrates.sentence(rows.assign(low=low, high=high))
         assert f"tldr, by RM score: MA-PPO, n = 5 against token PPO, λ .95: {words}" in text
     assert "single chain" in winrates.sentence(rows.assign(chains=1))
+    assert "(50.00 to 60.00)" in winrates.sentence(rows.assign(low=0.49997, high=0.6))
+
+
+def test_the_words_of_an_agreement_follow_its_interval():
+    row = {"task": "tldr", "pairs": "A against B", "mean": 0.5, "low": 0.4, "high": 0.6}
+    row = pd.Series({**row, "chains": 3})
+    says = {(0.4, 0.6): "not told apart", (0.4, 0.45): "less than", (0.55, 0.6): "more than"}
+    for (low, high), words in says.items():
+        text = winrates.agreement_sentence(pd.Series({**row, "low": low, "high": high}))
+        assert words in text and "A against B" in text
+    assert "single chain" in winrates.agreement_sentence(pd.Series({**row, "chains": 1}))
+    assert "no pair that both" in winrates.agreement_sentence(pd.Series({**row, "mean": math.nan}))
+
+
+def test_intervals_of_shares_end_at_0_and_1():
+    table = pd.DataFrame({"task": "t", "agreement": [0.9, 1.0, 1.0]})
+    row = winrates.over_chains(table, ["agreement"], ["task"]).iloc[0]
+    assert (row["mean"], row["high"]) == (pytest.approx(2.9 / 3), 1.0)
 
 
 def test_texts_stand_beside_the_scores(made):
