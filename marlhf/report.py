@@ -87,7 +87,8 @@ def tables(
     """All tables of an experiment from its frames (evals, metrics, samples, runs).
 
     settings, pairs: the experiment's endpoints and comparisons. `power` needs two chains, `gates`
-    a true score; without them they are left out.
+    a true score; without them they are left out. "endpoints" also has `claims.over_training`, which
+    verdicts read; it is not compared here.
     """
     evals, samples = frames["evals"], frames["samples"]
     judged = bool((frames["runs"]["stage"] == "rm").any())
@@ -97,7 +98,9 @@ def tables(
     made = {
         "evals": evals.drop(columns="prompts"), "metrics": frames["metrics"][KEPT],
         "densities": densities(samples), "samples": side_by_side(samples),
-        "endpoints": values, "arms": claims.by_arm(values),
+        "endpoints": pd.concat(
+            [values, claims.over_training(frames["metrics"])], ignore_index=True),
+        "arms": claims.by_arm(values),
         "comparisons": claims.compare(values, pairs),
         "runs": frames["runs"].drop(columns=NOT_KEPT, errors="ignore"),
     }  # fmt: skip
@@ -158,9 +161,11 @@ def results_folder(name: str, scale: str, root: str | Path | None = None) -> Pat
 
 
 def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
-    """<name>.csv for each table, floats to five digits."""
+    """<name>.csv for each table, floats to five digits; nine for the endpoints, which verdicts are
+    computed from."""
     for name, table in tables.items():
-        text = table.to_csv(index=False, float_format="%.5g", lineterminator="\n")
+        digits = "%.9g" if name == "endpoints" else "%.5g"
+        text = table.to_csv(index=False, float_format=digits, lineterminator="\n")
         runs.atomic_write(folder / f"{name}.csv", text)
 
 
