@@ -124,16 +124,22 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(cell(x) for x in line) + " |" for line in lines)
 
 
+def mean_and_half(mean: float, low: float, high: float) -> str:
+    """1.96 ± 0.15: two digits of half the interval set those of the mean; the mean alone where
+    there is no interval."""
+    half = (high - low) / 2
+    if not (math.isfinite(half) and half > 0):
+        return number(mean)
+    decimals = max(0, 1 - math.floor(math.log10(half)))
+    return f"{mean:.{decimals}f} ± {half:.{decimals}f}".replace("-", "−")
+
+
 def arm_table(arms: pd.DataFrame) -> pd.DataFrame:
     """`claims.by_arm` as people read it: an endpoint a row, an arm a column, mean ± half of the
     interval, and how many chains missed."""
 
     def cell(row: pd.Series) -> str:
-        half = (row["high"] - row["low"]) / 2
-        text = number(row["mean"])
-        if math.isfinite(half) and half > 0:  # two digits of the interval set those of the mean
-            decimals = max(0, 1 - math.floor(math.log10(half)))
-            text = f"{row['mean']:.{decimals}f} ± {half:.{decimals}f}".replace("-", "−")
+        text = mean_and_half(row["mean"], row["low"], row["high"])
         return text + (f" ({row['missed']} missed)" if row["missed"] else "")
 
     rows: dict[str, dict[str, str]] = {}
@@ -192,19 +198,26 @@ def finish(folder: Path, facts: Mapping[str, Any]) -> Path:
     return folder / "summary.json"
 
 
+def run_facts(manifests: pd.DataFrame) -> dict[str, Any]:
+    """How many runs, their minutes of one thread, revisions, devices, and versions of libraries."""
+    return {
+        "runs": len(manifests), "minutes": round(float(manifests["minutes"].sum()), 1),
+        "revisions": sorted(set(manifests["revision"].dropna())),
+        "devices": sorted(set(manifests["device"].dropna())),
+        "versions": runs.versions(),
+    }  # fmt: skip
+
+
 def facts(experiment: Any, made: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """What a summary says of an experiment: what was run, how long it took, what came out."""
-    manifests, main = made["runs"], claims.primary(experiment.endpoints)
+    main = claims.primary(experiment.endpoints)
     compared = made["comparisons"]
     says = [claims.verdict_sentence(row) for _, row in compared.iterrows()]
     return {
         "experiment": experiment.name, "title": experiment.title, "scale": experiment.scale,
         "task": experiment.task,
         "arms": experiment.arms, "chains": len(experiment.seeds), "primary": main,
-        "runs": len(manifests), "minutes": round(float(manifests["minutes"].sum()), 1),
-        "revisions": sorted(set(manifests["revision"].dropna())),
-        "devices": sorted(set(manifests["device"].dropna())),
-        "versions": runs.versions(),
+        **run_facts(made["runs"]),
         "gates_passed": bool(made["gates"]["passes"].all()) if "gates" in made else None,
         "verdicts": dict(zip(compared["endpoint"] + ": " + compared["arm"] + " against "
                              + compared["reference"], says, strict=True)),
