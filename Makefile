@@ -6,7 +6,18 @@ SCALE   ?= tiny
 WORKERS ?=
 ENV     ?= venv
 NAME    ?=
-FIGURES := fig02_tldr fig13_hh fig15_webgpt table3_apps
+# What has runs of its own, all of which go into one batch, and what is made from them.
+RUNS    := fig02_tldr fig05_termination fig06_ngram fig07_ngram_hh fig08_best_of_n fig13_hh \
+           fig15_webgpt fig19_value_weights fig21_temperature table3_apps
+TINY    := fig09_scaling horizon
+FULL    := estimators official
+ifneq ($(filter $(SCALE),smoke tiny full),)
+RUNS    += $(TINY)
+endif
+ifneq ($(filter $(SCALE),smoke full),)
+RUNS    += $(FULL)
+endif
+FIGURES := $(RUNS) fig04_win_rates table2_scores table5_settings
 
 export MARLHF_RUNS    ?= $(CURDIR)/runs
 export MARLHF_RESULTS ?= $(CURDIR)/results
@@ -51,7 +62,8 @@ setup: $(STAMP)  ## make .venv from requirements.lock (the other targets do it w
 	@touch $@
 
 reproduce: $(STAMP)  ## every figure and table: results/$(SCALE)/ and the README's numbers
-	$(PY) -m marlhf plan $(FIGURES) --scale $(SCALE)
+	$(PY) -m marlhf plan $(RUNS) --scale $(SCALE)
+	$(PY) -m marlhf run $(RUNS) --scale $(SCALE) $(if $(WORKERS),--workers $(WORKERS)) >/dev/null
 	$(NOTEBOOK) $(FIGURES)
 	$(PY) -m marlhf.report --scale $(SCALE)
 
@@ -59,7 +71,7 @@ figure: $(STAMP)  ## one notebook: make figure NAME=fig02_tldr
 	$(NOTEBOOK) $(or $(NAME),$(error say which: make figure NAME=fig02_tldr))
 
 plan: $(STAMP)  ## what reproduce would run, and how long it takes
-	$(PY) -m marlhf plan --scale $(SCALE)
+	$(PY) -m marlhf plan $(RUNS) --scale $(SCALE)
 
 lab: $(STAMP)  ## JupyterLab in notebooks/, start with quickstart
 	$(PY) -m jupyter lab notebooks

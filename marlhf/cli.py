@@ -173,15 +173,16 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser(
         "run",
-        help="all runs of an experiment, side by side",
+        help="all runs of one experiment or of several, side by side",
         description="Runs every arm and chain of configs/experiments/<name>.yaml that is not "
-        "finished yet, in\nprocesses side by side. Stop it with Ctrl-C; the same command goes on.",
+        "finished yet, in\nprocesses side by side; runs that experiments share, once. Stop it with "
+        "Ctrl-C; the same command\ngoes on.",
         epilog=_keys_help(("repeat",)),
-        usage="marlhf run EXPERIMENT [key=value ...] [options]",
+        usage="marlhf run EXPERIMENT [EXPERIMENT ...] [key=value ...] [options]",
         formatter_class=raw,
         allow_abbrev=False,
     )
-    sub.add_argument("experiment", help="configs/experiments/<name>.yaml")
+    sub.add_argument("experiment", nargs="+", help="configs/experiments/<name>.yaml")
     sub.add_argument("--scale", default="tiny", help="smoke, tiny (default) or full")
     sub.add_argument("--workers", type=int, help="processes (default: as many as GPUs or cores)")
     sub.add_argument(
@@ -295,12 +296,18 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from marlhf.experiment import Experiment
+    from marlhf.experiment import Experiment, execute
 
-    found = Experiment.load(args.experiment, args.scale, args.overrides, args.seeds)
-    found.run(args.workers, progress=not args.quiet)
-    for (arm, seed), spec in found.arm_specs().items():
-        print(f"{arm} chain {seed}: {spec.folder}")
+    overrides = [each for each in args.experiment if "=" in each] + args.overrides
+    names = [each for each in args.experiment if "=" not in each]
+    if not names:
+        raise ConfigError("marlhf run needs an experiment: see marlhf run --help")
+    found = [Experiment.load(name, args.scale, overrides, args.seeds) for name in names]
+    specs = [spec for each in found for spec in each.specs()]
+    execute(specs, args.workers, progress=not args.quiet)
+    for each in found:
+        for (arm, seed), spec in each.arm_specs().items():
+            print(f"{arm} chain {seed}: {spec.folder}")
 
 
 def _push(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
 configs/experiments/<name>.yaml holds the task, the chains of each scale, the arms with their
 settings, and, written down before the runs, the endpoints and the comparisons. An arm is measured
 in every chain, so that arms are compared within chains. `repeat` asks for repeated samples from
-every arm at its end, and from the SFT models.
+every arm at its end, and from the SFT models. `scales` has settings of one scale for all arms.
 """
 
 from __future__ import annotations
@@ -24,8 +24,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Experiment", "RunFailed", "Spec", "execute", "plan", "run", "run_stage", "stage_spec"]
 
-KEYS = ("title", "task", "presets", "chains", "arms", "repeat", "endpoints", "comparisons")
+KEYS = (
+    *("title", "task", "presets", "chains", "scales", "arms", "repeat"),
+    *("endpoints", "comparisons"),
+)
 TABLES = ("evals", "metrics", "samples")
+QUALITY = (  # of the responses at one temperature, from the summary of a run of repeated samples
+    *("rm_score", "true_score", "kl", "length", "finished"),
+    *("distinct1", "distinct2", "ref_perplexity"),
+)
 
 
 def run(stage: str, config: Config, sft: str | None = None, rm: str | None = None) -> Run:
@@ -105,13 +112,17 @@ class Experiment:
         preset = tree.get("presets", {}).get(scale, f"{tree['task']}-{scale}")
         labels, configs = {}, {}
         repeat = {"repeat": tree["repeat"]} if "repeat" in tree else {}
+        for key in tree.get("scales", {}):
+            if key not in tree["chains"]:
+                raise ConfigError(f"{path}, scales: no {key!r}.{nearest(key, tree['chains'])}")
+        sizes = tree.get("scales", {}).get(scale, {})
         for arm, settings in tree["arms"].items():
             settings = dict(settings or {})
             labels[arm] = str(settings.pop("label", arm))
             for seed in chains:
                 try:
                     configs[arm, seed] = load_config(
-                        preset, repeat, settings, *overrides, {"seed": seed}
+                        preset, repeat, sizes, settings, *overrides, {"seed": seed}
                     )
                 except ConfigError as error:
                     raise ConfigError(f"{path}, arm {arm}: {error}") from None
@@ -133,15 +144,28 @@ class Experiment:
         }
 
     def eval_specs(self) -> dict[tuple[str, int], Spec]:
-        """The repeated samples of each arm and chain, those of the SFT models under "sft"; none
-        without a section `repeat`."""
+        """The repeated samples of each arm and chain; none without a section `repeat`.
+
+        Those of the first arm's SFT model stand under "sft"; where another arm has another SFT
+        model, of another size perhaps, under "sft_<arm>", named after the first arm that has it.
+        """
         if not self.repeated:
             return {}
-        found = {}
+        found, seen = {}, set()
         for (arm, seed), spec in self.arm_specs().items():
-            found.setdefault(("sft", seed), eval_spec(spec, "sft"))
+            sft = spec.parents["sft"].hash
+            if sft not in seen:
+                found["sft" if ("sft", seed) not in found else f"sft_{arm}", seed] = eval_spec(
+                    spec, "sft"
+                )
+            seen.add(sft)
             found[arm, seed] = eval_spec(spec)
         return found
+
+    def labels(self) -> dict[str, str]:
+        """{key: label} of the arms and of what `eval_specs` calls their SFT models."""
+        sft = {f"sft_{arm}": f"SFT of {label}" for arm, label in self.arms.items()}
+        return {"sft": "SFT", **sft, **self.arms}
 
     def specs(self) -> list[Spec]:
         """Every run, SFT and reward models included, none before what it needs."""
@@ -153,12 +177,13 @@ class Experiment:
         return self
 
     def frames(self, tables: Sequence[str] = TABLES) -> dict[str, pandas.DataFrame]:
-        """The tables of all PPO runs, with arm, label and chain in front; "repeated", where the
-        experiment asks for it; and "runs", a row of the manifest for each run. ValueError names a
-        run that is not finished."""
+        """The tables of all PPO runs, with arm, label and chain in front; where the experiment asks
+        for repeated samples, "repeated" and "quality", a row an arm, chain and temperature with
+        scores, KL, length, diversity and perplexity under the reference; and "runs", a row of the
+        manifest for each run. ValueError names a run that is not finished."""
         import pandas
 
-        specs, evals, labels = self.arm_specs(), self.eval_specs(), {"sft": "SFT", **self.arms}
+        specs, evals, labels = self.arm_specs(), self.eval_specs(), self.labels()
         sources = dict.fromkeys(tables, specs) | ({"repeated": evals} if evals else {})
         frames = {}
         for table, runs in sources.items():
@@ -170,12 +195,27 @@ class Experiment:
                 frame.insert(0, "arm", arm)
                 parts.append(frame)
             frames[table] = pandas.concat(parts, ignore_index=True)
+        if evals:
+            frames["quality"] = pandas.DataFrame([
+                {"arm": arm, "label": labels[arm], "chain": seed, **row}
+                for (arm, seed), spec in evals.items()
+                for row in _quality_rows(spec)
+            ]).astype(dict.fromkeys(QUALITY, float))  # fmt: skip
         rows, owners = [], [*specs.items(), *evals.items()]
         for spec in with_parents(s for _, s in owners):
             arms = [arm for (arm, _), s in owners if s.hash == spec.hash]
             rows.append({"arm": " ".join(arms), **_manifest_row(spec)})
         frames["runs"] = pandas.DataFrame(rows)
         return frames
+
+
+def _quality_rows(spec: Spec) -> list[dict[str, Any]]:
+    """A row a temperature, from the summary: all texts were counted there, few are kept."""
+    summary = spec.run.manifest["summary"]["temperatures"]
+    return [
+        {"temperature": float(temperature), **{name: means[name] for name in QUALITY}}
+        for temperature, means in summary.items()
+    ]
 
 
 def _manifest_row(spec: Spec) -> dict[str, Any]:

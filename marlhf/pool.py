@@ -44,12 +44,15 @@ def ledger() -> dict[str, Any]:
 def minutes(spec: Spec) -> float | None:
     """Minutes that a run is expected to take on one thread; None where it was not measured.
 
-    The ledger may give an arm its own figure, under <stage>/<arm>.
+    The ledger may give an arm its own figure, under <stage>/<arm>, and another width of the tiny
+    model, under <stage>/hidden<width>.
     """
     if spec.given:
         return 0.0
     preset = ledger()["minutes"].get(spec.config.name, {})
-    return preset.get(f"{spec.stage}/{spec.arm}", preset.get(spec.stage))
+    width = f"{spec.stage}/hidden{spec.config.model.tiny.hidden}"
+    keys = (f"{spec.stage}/{spec.arm}", width, spec.stage)
+    return next((preset[key] for key in keys if key in preset), None)
 
 
 class _Progress:

@@ -92,16 +92,31 @@ def test_a_failed_run_is_one_line_and_code_1(capsys, monkeypatch):
     def fail(*args, **kwargs):
         raise pool.RunFailed("ppo/x failed: because")
 
-    monkeypatch.setattr(experiment.Experiment, "run", fail)
+    monkeypatch.setattr(experiment, "execute", fail)
     code, _, err = run(capsys, "run", "fig02_tldr", "--scale", "smoke")
     assert (code, err) == (1, "marlhf: ppo/x failed: because\n")
+
+
+def test_several_experiments_are_one_batch(capsys, monkeypatch):
+    batches = []
+    monkeypatch.setattr(experiment, "execute", lambda specs, *_, **__: batches.append(specs))
+    names = ("fig02_tldr", "fig06_ngram")
+    code, out, _ = run(capsys, "run", *names, "ppo.updates=2", "--scale", "smoke")
+    assert code == 0
+    (specs,) = batches
+    assert {s.config.ppo.updates for s in specs} == {2}
+    each = [experiment.Experiment.load(name, "smoke", ["ppo.updates=2"]) for name in names]
+    assert {s.hash for s in specs} == {s.hash for e in each for s in e.specs()}
+    assert "macro10 chain 1" in out
+    code, _, err = run(capsys, "run", "ppo.updates=2")
+    assert code == 2 and "needs an experiment" in err
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(experiment.Experiment, "run", stop)
+    monkeypatch.setattr(experiment, "execute", stop)
     code, _, err = run(capsys, "run", "fig02_tldr", "--scale", "smoke")
     assert code == 130
     assert "goes on from the last checkpoint" in err

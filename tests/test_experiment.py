@@ -53,6 +53,8 @@ def hashes(*overrides, **given):
         ("data.allow_unsafe_programs=true", ""),
         ("ppo.lam=0.5", "ppo"),
         ("ppo.macro.n=3", "ppo"),
+        ("ppo.macro.cutoff=3", ""),  # without a parser nothing reads it
+        ("ppo.macro.last_alone=true", "ppo"),
         ("eval.every=2", "ppo"),
         ("rm.lr=1e-4", "rm ppo"),
         ("rm.norm_samples=8", "rm ppo"),
@@ -338,7 +340,8 @@ def test_arms_share_their_chains_sft_and_reward_model(light):
     found = Experiment.load("fig02_tldr", "tiny")
     specs = found.specs()
     assert [sum(s.stage == stage for s in specs) for stage in stages.STAGES] == [6, 6, 30]
-    assert len({spec.folder for spec in specs}) == 42
+    evals = 6 * (5 + 1)  # repeated samples of each arm and of the SFT model
+    assert len({spec.folder for spec in specs}) == len(specs) == 42 + evals
 
 
 def test_pilots_have_seeds_of_their_own(light):
@@ -352,6 +355,7 @@ def test_pilots_have_seeds_of_their_own(light):
     [
         ("arms: {a: {ppo: {lamb: 1}}}", "mine.yaml, arm a: unknown key 'ppo.lamb'"),
         ("arm: {a: {}}", "unknown key 'arm'. Did you mean arms"),
+        ("arms: {a: {}}\nscales: {smok: {}}", "scales: no 'smok'. Did you mean smoke"),
         ("", "arms is missing"),
         ("arms: {a: {}}\ncomparisons: [[a, b]]", "comparisons: no arm 'b'"),
     ],
@@ -400,6 +404,30 @@ def test_repeated_samples_are_of_every_arm_and_of_each_sft_model_once(light, rep
     assert found.config.repeat.samples == 3
 
 
+def test_arms_of_another_sft_model_have_its_samples_beside_them(light):
+    found = Experiment.load("fig09_scaling", "tiny")
+    evals, specs = found.eval_specs(), found.arm_specs()
+    keys = {arm for arm, _ in evals}
+    assert keys == {*found.arms, "sft", "sft_token", "sft_token_large"}
+    owners = {"sft": "macro5_small", "sft_token": "macro5", "sft_token_large": "macro5_large"}
+    for key, arm in owners.items():
+        for chain in found.seeds:
+            sampled = evals[key, chain].parents["policy"]
+            assert sampled.hash == specs[arm, chain].parents["sft"].hash
+    labels = found.labels()
+    assert labels["sft"] == "SFT"
+    assert labels["sft_token_large"] == "SFT of token PPO, 404k parameters"
+    assert keys <= set(labels)
+
+
+def test_a_scale_has_settings_of_its_own():
+    found = {scale: Experiment.load("fig08_best_of_n", scale) for scale in ("smoke", "tiny")}
+    repeats = {key: {c.repeat.prompts for c in e.configs.values()} for key, e in found.items()}
+    assert repeats == {"smoke": {8}, "tiny": {128}}
+    small = Experiment.load("fig08_best_of_n", "smoke", ["repeat.prompts=4"])
+    assert {c.repeat.prompts for c in small.configs.values()} == {4}
+
+
 @pytest.mark.parametrize(
     "override, changes",
     [
@@ -425,6 +453,9 @@ def fake_training(monkeypatch):
         run.resume()
         if spec.stage == "eval":
             run.log("repeated", {"prompt_id": "p", "sample": 0})
+            means = dict.fromkeys(experiment.QUALITY, 0.5) | {"true_score": None}
+            run.finish({"temperatures": {"0.8": means, "1": means | {"kl": 2.0}}})
+            return
         if spec.stage == "ppo":
             for table in experiment.TABLES:
                 run.log(table, {"update": 0, "rm_score": spec.config.ppo.lam})
@@ -439,42 +470,47 @@ def test_frames_say_arm_label_and_chain(light, fake_training, root):
         found.frames()
     execute(found.specs(), workers=0, progress=False)
     frames = found.frames()
-    assert list(frames) == ["evals", "metrics", "samples", "runs"]
+    assert list(frames) == ["evals", "metrics", "samples", "repeated", "quality", "runs"]
     evals = frames["evals"]
     assert list(evals) == ["arm", "label", "chain", "update", "rm_score"]
     assert len(evals) == 10
     assert evals[(evals.arm == "token_matched")].rm_score.tolist() == [0.9898, 0.9898]
     runs = frames["runs"]
-    assert runs.stage.value_counts().to_dict() == {"sft": 2, "rm": 2, "ppo": 10}
-    assert runs["summary.after.rm_score"].eq(1).all()
+    assert runs.stage.value_counts().to_dict() == {"sft": 2, "rm": 2, "ppo": 10, "eval": 12}
+    assert runs.loc[runs.stage != "eval", "summary.after.rm_score"].eq(1).all()
     assert json.loads(runs.config[0])["name"] == "tldr-smoke"
-    assert set(runs.arm) == {"", *found.arms}
+    assert set(runs.arm) == {"", "sft", *found.arms}
 
 
 def test_frames_have_the_repeated_samples(light, repeated, fake_training, root):
     execute(repeated.specs(), workers=0, progress=False)
     frames = repeated.frames()
-    assert list(frames) == ["evals", "metrics", "samples", "repeated", "runs"]
+    assert list(frames) == ["evals", "metrics", "samples", "repeated", "quality", "runs"]
     assert frames["repeated"].groupby(["arm", "label"], sort=False).size().to_dict() == {
         ("sft", "SFT"): 2,
         ("a", "a"): 2,
         ("b", "b"): 2,
     }
+    quality = frames["quality"]
+    assert list(quality) == ["arm", "label", "chain", "temperature", *experiment.QUALITY]
+    assert len(quality) == 3 * 2 * 2
+    assert quality.groupby("temperature")["kl"].unique().to_dict() == {0.8: [0.5], 1.0: [2.0]}
+    assert quality["true_score"].isna().all() and quality["true_score"].dtype == float
     assert frames["runs"].stage.value_counts()["eval"] == 6
 
 
 def test_plan_counts_runs_minutes_and_what_is_done(light, fake_training, root, monkeypatch):
-    minutes = {"sft": 2.0, "rm": 3.0, "ppo": 1.0, "ppo/whole": 4.0}
+    minutes = {"sft": 2.0, "rm": 3.0, "ppo": 1.0, "ppo/whole": 4.0, "eval": 0.5}
     monkeypatch.setattr(pool, "ledger", lambda: {"minutes": {"tldr-tiny": minutes}})
     table = plan("tiny", ["fig02_tldr"]).set_index(["stage", "arm"])
-    assert table.runs.sum() == 42
+    assert table.runs.sum() == 42 + 36
     assert table.done.sum() == 0
     assert table.minutes[("sft", "")] == 12
     assert table.minutes[("ppo", "whole")] == 24
-    assert table.minutes.sum() == table.left.sum() == 12 + 18 + 24 + 4 * 6
+    assert table.minutes.sum() == table.left.sum() == 12 + 18 + 24 + 4 * 6 + 36 / 2
     execute(Experiment.load("fig02_tldr", "tiny", seeds=[0]).specs(), 0, progress=False)
     after = plan("tiny", ["fig02_tldr"]).set_index(["stage", "arm"])
-    assert after.done.sum() == 7
+    assert after.done.sum() == 7 + 6
     assert after.left[("sft", "")] == 10
     assert after.minutes[("sft", "")] == pytest.approx(10, abs=0.1)
 

@@ -1,16 +1,24 @@
 """Repeated samples of a finished policy: what is drawn, what is kept, what depends on it."""
 
+import math
+
 import pytest
 import torch
 
 from marlhf.config import load_config
-from marlhf.stages import eval_spec, run_stage, stage_spec
+from marlhf.evaluate import Prompts, distinct
+from marlhf.models import load_policy
+from marlhf.repeated import Witness
+from marlhf.sampling import Sampler, keyed_uniforms
+from marlhf.stages import eval_spec, load_data, run_stage, stage_spec
+from marlhf.text import load_tokenizer
 
 SMALL = {
     "model.tiny.layers": 1,
     "data.size": 80,
     "data.valid": 6,
     "eval.prompts": 6,
+    "eval.batch": 2,
     "sft.steps": 4,
     "rm.steps": 2,
     "ppo.updates": 1,
@@ -41,7 +49,8 @@ def test_as_many_samples_as_asked_for(frame):
     sampled = frame[frame["temperature"] > 0]
     assert set(sampled["sample"]) == {0, 1, 2}
     assert sampled.groupby(["prompt_id", "temperature"])["rm_score"].nunique().gt(1).any()
-    assert frame[["rm_score", "true_score", "kl", "length", "finished"]].notna().all().all()
+    numbers = ["rm_score", "true_score", "kl", "ref_nll", "length", "finished"]
+    assert frame[numbers].notna().all().all()
 
 
 def test_texts_of_the_first_prompts_only(frame):
@@ -70,6 +79,65 @@ def test_the_sft_model_has_no_divergence_from_itself(ppo):
     assert list(summary["temperatures"]) == ["0", "0.8", "1"]
     assert summary["temperatures"]["0.8"]["prompts"] == 5
     assert "sft" in run.path.name and run.path.parent.name == "eval"
+
+
+class Uniform:
+    """A reference to which each of its tokens is as likely as 1 / V; it counts its passes."""
+
+    def __init__(self, vocabulary):
+        self.nat, self.passes = -math.log(vocabulary), []
+
+    def logprobs(self, ids, starts, tokens, mask, *temperatures):
+        self.passes.append(temperatures)
+        return [mask * self.nat * t for t in temperatures]
+
+
+def test_the_witness_notes_temperature_1_from_the_same_pass():
+    masks = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0]]).bool()
+    reference = Uniform(vocabulary=8)
+    witness = Witness(reference)
+    for rows, temperature in ((masks[:2], 0.5), (masks[2:], 1.0)):
+        (found,) = witness.logprobs(None, None, None, rows, temperature)
+        assert torch.equal(found, rows * reference.nat * temperature)
+    assert reference.passes == [(0.5, 1.0), (1.0,)]
+    assert witness.nll == pytest.approx([3 * math.log(8), math.log(8), 2 * math.log(8)])
+
+
+def test_surprise_of_the_reference_is_the_samplers_own(ppo):
+    """Sampled from the SFT model at temperature 1, what the reference finds is what was drawn."""
+    config, folder = ppo.config, ppo.parents["sft"].run.path / "model"
+    tokenizer = load_tokenizer(folder)
+    prompts = Prompts(load_data(config).valid[:5], tokenizer, config.data.prompt_tokens)
+    examples, ids, mask = prompts.batch(range(5))
+    names = [example.id for example in examples]
+    length = config.data.response_tokens
+    uniforms = keyed_uniforms(config.data.seed, "evaluation", 1, names, length)
+    policy = load_policy(config.model, tokenizer, folder).eval()
+    sample = Sampler(policy, tokenizer, 1.0)(ids, mask, uniforms)
+    frame = run_stage(eval_spec(ppo, "sft")).frame("repeated")
+    same = frame[(frame["temperature"] == 1.0) & (frame["sample"] == 1)]
+    assert same["prompt_id"].tolist() == names
+    expected = -sample.full_logprobs.sum(1)
+    torch.testing.assert_close(
+        torch.tensor(same["ref_nll"].to_numpy(), dtype=torch.float32), expected, rtol=1e-4, atol=0
+    )
+
+
+def test_the_summary_of_a_temperature(ppo):
+    ppo.config.repeat.texts = 5
+    try:
+        run = run_stage(eval_spec(ppo, "sft"))
+    finally:
+        ppo.config.repeat.texts = 2
+    for temperature, rows in run.frame("repeated").groupby("temperature"):
+        found = run.manifest["summary"]["temperatures"][f"{temperature:g}"]
+        responses = rows.loc[rows["sample"] == 0, "response"].fillna("").tolist()
+        assert len(responses) == 5
+        for n in (1, 2):
+            assert found[f"distinct{n}"] == pytest.approx(distinct(responses, n))
+        surprise = rows["ref_nll"].sum() / rows["length"].sum()
+        assert found["ref_perplexity"] == pytest.approx(math.exp(surprise))
+    assert 0 < found["distinct1"] < found["distinct2"]
 
 
 def test_the_same_samples_again(ppo, frame, tmp_path, monkeypatch):
