@@ -141,12 +141,12 @@ def agreement(table: pd.DataFrame, paper: Mapping[str, Sequence[float]]) -> Pict
         for (name, (low, high)), hatch in zip(paper.items(), (None, "//"), strict=False):
             face = "none" if hatch else "#CCCCCC"
             axis.axvspan(100 * low, 100 * high, facecolor=face, edgecolor="#888888", hatch=hatch,
-                         linewidth=0, label=f"the paper's {name}")  # fmt: skip
+                         linewidth=0, label=f"paper: {name}")  # fmt: skip
         for y, kind in enumerate(kinds):
             for _, row in table[(table["task"] == task) & (table["pairs"] == kind)].iterrows():
                 if math.isnan(row["mean"]):  # nothing was decided
                     continue
-                name = None if y else "ours: RM score and true score"
+                name = None if y else "ours: RM and true score"
                 said = _interval(axis, y, row, *JUDGES["RM score"], label=name)
                 words.append(f"{task}, {kind} {said}")
         axis.axvline(50, color=PAPER, linewidth=1.2)

@@ -127,8 +127,9 @@ def test_the_replicate_is_the_chain(pairs):
     assert list(table["win_rate"]) == pytest.approx([5 / 6, 1 / 3])
     assert table.loc[0, ["wins", "ties", "losses", "pairs"]].tolist() == [2, 1, 0, 3]
     assert table["longer"].tolist() == [1, 1]
-    mean = winrates.over_chains(table, ["win_rate"], ["judge"]).iloc[0]
-    want = stats.mean_interval([5 / 6, 1 / 3])
+    rates = pd.DataFrame({"judge": "RM score", "win_rate": [0.5, 0.55, 0.63]})
+    mean = winrates.over_chains(rates, ["win_rate"], ["judge"]).iloc[0]
+    want = stats.mean_interval([0.5, 0.55, 0.63])
     assert mean[["mean", "low", "high"]].tolist() == pytest.approx([want.mean, want.low, want.high])
 
 
@@ -267,6 +268,14 @@ def test_pictures_are_labelled_and_say_their_numbers(made, tmp_path):
             assert all(t.get_fontsize() >= 11 for t in axis.get_yticklabels())
         with Image.open(picture.save(tmp_path / f"{name}.png")) as image:
             assert image.width == 1350
+
+
+def test_without_a_truth_there_is_one_judge(made):
+    rates = made[1][made[1]["judge"] == "RM score"]
+    table = winrates.endpoints(rates)
+    assert len(table) == 2 * len(rates)
+    assert not table["endpoint"].str.contains("true score").any()
+    assert len(figures_judges.outcomes(rates).figure.axes) == 1
 
 
 def test_a_single_chain_has_points_and_no_intervals(made):
