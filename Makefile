@@ -17,7 +17,7 @@ endif
 ifneq ($(filter $(SCALE),smoke full),)
 RUNS    += $(FULL)
 endif
-FIGURES := $(RUNS) fig04_win_rates table2_scores table5_settings
+FIGURES := $(filter-out fig07_ngram_hh,$(RUNS)) fig04_win_rates table2_scores table5_settings
 
 export MARLHF_RUNS    ?= $(CURDIR)/runs
 export MARLHF_RESULTS ?= $(CURDIR)/results

@@ -16,6 +16,13 @@ import pandas as pd
 from marlhf import stats
 
 SCORES = {"rm_score": "RM score", "true_score": "true score"}
+NORMS = {  # title: column of the metrics (Fig. 11)
+    "L2 norm of advantages over macro steps": "adv_l2_macro",
+    "L2 norm of Q values over macro steps": "q_l2_macro",
+    "root mean square of advantages per token": "adv_rms_token",
+    "root mean square of Q values per token": "ret_rms_token",
+}
+COST = "seconds per update"
 
 
 def endpoint_title(kind: str, score: str, threshold: float | None = None) -> str:
@@ -83,6 +90,20 @@ def _endpoint(
     return stats.Hit(float(scores[-1]), False)
 
 
+def over_training(metrics: pd.DataFrame) -> pd.DataFrame:
+    """What claims read beside the endpoints, in the columns of `endpoints`: the means over training
+    of the norms of advantages and Q values, and training seconds an update. metrics: arm, label,
+    chain, update, seconds (of training so far), and the columns of NORMS."""
+    rows = []
+    for (arm, label, chain), table in metrics.groupby(["arm", "label", "chain"], sort=False):
+        found = [(title, "norm", table[column].mean()) for title, column in NORMS.items()]
+        found.append((COST, COST, table["seconds"].max() / table["update"].max()))
+        for title, unit, value in found:
+            head = {"arm": arm, "label": label, "chain": chain, "endpoint": title}
+            rows.append(head | {"unit": unit, "value": float(value), "censored": False})
+    return pd.DataFrame(rows)
+
+
 def by_arm(values: pd.DataFrame) -> pd.DataFrame:
     """Mean, 95% t interval over chains and how many missed; a row an arm and endpoint.
 
@@ -97,7 +118,7 @@ def by_arm(values: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _pair(values: pd.DataFrame, arm: str, reference: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+def pair(values: pd.DataFrame, arm: str, reference: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of one endpoint for two arms, chain by chain; ValueError if their chains differ."""
     a, b = (values[values["arm"] == key].sort_values("chain") for key in (arm, reference))
     if a.empty or list(a["chain"]) != list(b["chain"]):
@@ -114,7 +135,7 @@ def compare(values: pd.DataFrame, pairs: Iterable[Sequence[str]]) -> pd.DataFram
     rows = []
     for arm, reference in pairs:
         for endpoint, group in values.groupby("endpoint", sort=False):
-            a, b = _pair(group, arm, reference)
+            a, b = pair(group, arm, reference)
             x, y, unit = a["value"].to_numpy(), b["value"].to_numpy(), a["unit"].iloc[0]
             gain = stats.paired_interval(x, y) if unit == "score" else stats.paired_interval(y, x)
             sooner = stats.Interval(math.nan, math.nan, math.nan, gain.n)
@@ -139,7 +160,7 @@ def power(
     for endpoint, group in values.groupby("endpoint", sort=False):
         differences = {}
         for arm, reference in pairs:
-            a, b = _pair(group, arm, reference)
+            a, b = pair(group, arm, reference)
             name = f"{a['label'].iloc[0]} − {b['label'].iloc[0]}"
             differences[name] = a["value"].to_numpy() - b["value"].to_numpy()
         table = stats.power_table(differences, ns).reset_index()
@@ -230,8 +251,7 @@ def verdict_sentence(row: Mapping) -> str:
 def norm_sentences(metrics: pd.DataFrame, pairs: Iterable[Sequence[str]]) -> list[str]:
     """Fig. 11 in words: each arm's norms as a multiple of its reference's, over a response's macro
     steps and per token (means over training, paired over chains)."""
-    names = {"adv_l2_macro": "L2 norm of advantages over macro steps"}
-    names |= {"adv_rms_token": "root mean square of advantages per token"}
+    names = {NORMS[title]: title for title in NORMS if "advantages" in title}
     means = metrics.groupby(["arm", "chain"])[list(names)].mean()
     labels = metrics.drop_duplicates("arm").set_index("arm")["label"]
     return [

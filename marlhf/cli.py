@@ -1,4 +1,4 @@
-"""The command line: marlhf sft | rm | ppo | eval | run | push | plan."""
+"""The command line: marlhf sft | rm | ppo | eval | run | push | plan | claims."""
 
 from __future__ import annotations
 
@@ -222,6 +222,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--scale", default="tiny", help="smoke, tiny (default) or full")
     _add_common(sub)
     sub.set_defaults(act=_plan)
+
+    sub = commands.add_parser(
+        "claims",
+        help="the paper's claims and what became of each, from the results of a scale",
+        description="Reads configs/claims.yaml (the claims, the comparisons that decide them and "
+        "the rule) and\nresults/<scale>/*/endpoints.csv; prints every verdict and writes "
+        "results/<scale>/claims.csv\nand claims.json.",
+        formatter_class=raw,
+        allow_abbrev=False,
+    )
+    sub.add_argument("--scale", default="tiny", help="smoke, tiny (default) or full")
+    sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sub.set_defaults(act=_claims)
     return main
 
 
@@ -331,6 +344,18 @@ def _plan(args: argparse.Namespace) -> None:
     )
 
 
+def _claims(args: argparse.Namespace) -> None:
+    from marlhf import report, verdicts
+
+    folder = report.results_root() / args.scale
+    if not folder.is_dir():
+        raise ConfigError(f"no results in {folder}: make reproduce SCALE={args.scale}")
+    found = verdicts.results(verdicts.load(), folder)
+    verdicts.write(found, folder)
+    print(verdicts.listing(found))
+    print(f"\n{folder / 'claims.csv'} and claims.json written")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0, 1 (a run failed), 2 (bad input: one line says what), 130 (Ctrl-C)."""
     parser = _parser()
@@ -338,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = rest
     try:
         for each in rest:
-            if each.startswith("-") or args.command == "plan":
+            if each.startswith("-") or args.command in ("plan", "claims"):
                 raise ConfigError(f"unknown argument {each}: see marlhf {args.command} --help")
         args.act(args)
     except KeyboardInterrupt:

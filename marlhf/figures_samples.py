@@ -57,10 +57,11 @@ def best_of_n(curves: pd.DataFrame, measures: Sequence[str] = SCORES) -> Picture
     for row, measure in zip(axes, measures, strict=True):
         for axis, temperature in zip(row, temperatures, strict=True):
             part = curves[curves["temperature"] == temperature]
+            if axis is not row[0]:
+                axis.sharey(row[0])  # before anything is drawn, so that all of it counts
             _draw(axis, part, "n", measure)
             axis.set_xscale("log", base=2)
             axis.set_xticks(ns, [f"{n}" for n in ns])
-            axis.sharey(row[0])
             if measure == measures[0]:
                 axis.set_title(f"temperature {temperature:g}", fontsize=FONT, loc="left")
             words.append(f"{WORDS[measure]} at temperature {temperature:g}: "

@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from marlhf import processes
-from marlhf.config import CONFIGS, read_yaml
+from marlhf.config import CONFIGS, Config, read_yaml
 from marlhf.plans import require_fit
 from marlhf.runs import Run
 from marlhf.stages import Spec, compute, with_parents
@@ -45,14 +45,25 @@ def minutes(spec: Spec) -> float | None:
     """Minutes that a run is expected to take on one thread; None where it was not measured.
 
     The ledger may give an arm its own figure, under <stage>/<arm>, and another width of the tiny
-    model, under <stage>/hidden<width>.
+    model, under <stage>/hidden<width>. Its figure for repeated samples is that of 1000 responses.
     """
     if spec.given:
         return 0.0
     preset = ledger()["minutes"].get(spec.config.name, {})
     width = f"{spec.stage}/hidden{spec.config.model.tiny.hidden}"
     keys = (f"{spec.stage}/{spec.arm}", width, spec.stage)
-    return next((preset[key] for key in keys if key in preset), None)
+    found = next((preset[key] for key in keys if key in preset), None)
+    if found is None or spec.stage != "eval":
+        return found
+    return found * _responses(spec.config) / 1000
+
+
+def _responses(config: Config) -> int:
+    """Responses of repeated samples: at temperature 0 there is one a prompt."""
+    repeat = config.repeat
+    temperatures = repeat.temperatures or [config.ppo.sampling.temperature]
+    numbers = sum(repeat.samples if temperature else 1 for temperature in temperatures)
+    return numbers * (repeat.prompts or config.eval.prompts)
 
 
 class _Progress:

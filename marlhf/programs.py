@@ -39,6 +39,15 @@ def pass_rates(repeated: pd.DataFrame, ks: Sequence[int] = (1, 5)) -> pd.DataFra
     return pd.concat(parts).groupby(groups, sort=False)["value"].mean().reset_index()
 
 
+def endpoints(rates: pd.DataFrame) -> pd.DataFrame:
+    """pass@k over all problems in the columns of `claims.endpoints`, as claims read it; rates: as
+    `pass_rates` returns it."""
+    whole = rates[rates["difficulty"] == "all"]
+    columns = ["arm", "label", "chain", "endpoint", "unit", "value", "censored"]
+    named = "pass@" + whole["k"].astype(str)
+    return whole.assign(endpoint=named, unit="share", censored=False)[columns]
+
+
 def table3(rates: pd.DataFrame, reference: str) -> pd.DataFrame:
     """A row a difficulty, k and arm: mean pass@k with its 95% t interval over chains, and the
     paired difference to `reference` with its own. rates: as `pass_rates` returns it."""

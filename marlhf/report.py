@@ -87,7 +87,8 @@ def tables(
     """All tables of an experiment from its frames (evals, metrics, samples, runs).
 
     settings, pairs: the experiment's endpoints and comparisons. `power` needs two chains, `gates`
-    a true score; without them they are left out.
+    a true score; without them they are left out. "endpoints" also has `claims.over_training`, which
+    verdicts read; it is not compared here.
     """
     evals, samples = frames["evals"], frames["samples"]
     judged = bool((frames["runs"]["stage"] == "rm").any())
@@ -97,7 +98,9 @@ def tables(
     made = {
         "evals": evals.drop(columns="prompts"), "metrics": frames["metrics"][KEPT],
         "densities": densities(samples), "samples": side_by_side(samples),
-        "endpoints": values, "arms": claims.by_arm(values),
+        "endpoints": pd.concat(
+            [values, claims.over_training(frames["metrics"])], ignore_index=True),
+        "arms": claims.by_arm(values),
         "comparisons": claims.compare(values, pairs),
         "runs": frames["runs"].drop(columns=NOT_KEPT, errors="ignore"),
     }  # fmt: skip
@@ -121,16 +124,22 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(cell(x) for x in line) + " |" for line in lines)
 
 
+def mean_and_half(mean: float, low: float, high: float) -> str:
+    """1.96 ± 0.15: two digits of half the interval set those of the mean; the mean alone where
+    there is no interval."""
+    half = (high - low) / 2
+    if not (math.isfinite(half) and half > 0):
+        return number(mean)
+    decimals = max(0, 1 - math.floor(math.log10(half)))
+    return f"{mean:.{decimals}f} ± {half:.{decimals}f}".replace("-", "−")
+
+
 def arm_table(arms: pd.DataFrame) -> pd.DataFrame:
     """`claims.by_arm` as people read it: an endpoint a row, an arm a column, mean ± half of the
     interval, and how many chains missed."""
 
     def cell(row: pd.Series) -> str:
-        half = (row["high"] - row["low"]) / 2
-        text = number(row["mean"])
-        if math.isfinite(half) and half > 0:  # two digits of the interval set those of the mean
-            decimals = max(0, 1 - math.floor(math.log10(half)))
-            text = f"{row['mean']:.{decimals}f} ± {half:.{decimals}f}".replace("-", "−")
+        text = mean_and_half(row["mean"], row["low"], row["high"])
         return text + (f" ({row['missed']} missed)" if row["missed"] else "")
 
     rows: dict[str, dict[str, str]] = {}
@@ -158,9 +167,11 @@ def results_folder(name: str, scale: str, root: str | Path | None = None) -> Pat
 
 
 def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> None:
-    """<name>.csv for each table, floats to five digits."""
+    """<name>.csv for each table, floats to five digits; nine for the endpoints, which verdicts are
+    computed from."""
     for name, table in tables.items():
-        text = table.to_csv(index=False, float_format="%.5g", lineterminator="\n")
+        digits = "%.9g" if name == "endpoints" else "%.5g"
+        text = table.to_csv(index=False, float_format=digits, lineterminator="\n")
         runs.atomic_write(folder / f"{name}.csv", text)
 
 
@@ -187,19 +198,26 @@ def finish(folder: Path, facts: Mapping[str, Any]) -> Path:
     return folder / "summary.json"
 
 
+def run_facts(manifests: pd.DataFrame) -> dict[str, Any]:
+    """How many runs, their minutes of one thread, revisions, devices, and versions of libraries."""
+    return {
+        "runs": len(manifests), "minutes": round(float(manifests["minutes"].sum()), 1),
+        "revisions": sorted(set(manifests["revision"].dropna())),
+        "devices": sorted(set(manifests["device"].dropna())),
+        "versions": runs.versions(),
+    }  # fmt: skip
+
+
 def facts(experiment: Any, made: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """What a summary says of an experiment: what was run, how long it took, what came out."""
-    manifests, main = made["runs"], claims.primary(experiment.endpoints)
+    main = claims.primary(experiment.endpoints)
     compared = made["comparisons"]
     says = [claims.verdict_sentence(row) for _, row in compared.iterrows()]
     return {
         "experiment": experiment.name, "title": experiment.title, "scale": experiment.scale,
         "task": experiment.task,
         "arms": experiment.arms, "chains": len(experiment.seeds), "primary": main,
-        "runs": len(manifests), "minutes": round(float(manifests["minutes"].sum()), 1),
-        "revisions": sorted(set(manifests["revision"].dropna())),
-        "devices": sorted(set(manifests["device"].dropna())),
-        "versions": runs.versions(),
+        **run_facts(made["runs"]),
         "gates_passed": bool(made["gates"]["passes"].all()) if "gates" in made else None,
         "verdicts": dict(zip(compared["endpoint"] + ": " + compared["arm"] + " against "
                              + compared["reference"], says, strict=True)),

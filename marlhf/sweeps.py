@@ -15,7 +15,7 @@ from scipy import stats as distributions
 from marlhf import claims, report, stats
 from marlhf.config import Config
 
-QUALITY = {  # what a size brings along, from the manifests: (stage, its summary): name
+PARENTS = {  # what a size brings along, from the manifests: (stage, its summary): name
     ("sft", "loss_after"): "SFT loss, held out",
     ("sft", "true_score"): "SFT true score",
     ("rm", "accuracy_after"): "RM pair accuracy, held out",
@@ -201,31 +201,35 @@ def shares(values: pd.DataFrame, axis: pd.DataFrame, endpoints: Sequence[str]) -
 
 def share_sentence(row: Mapping) -> str:
     """A row of `shares` in words; what is said is what the interval leaves open."""
-    number = claims.number
+    number, what = claims.number, "gain" if row["gain"] >= 0 else "loss"
+    first, second = (
+        f"{'gains' if gain >= 0 else 'loses'} {number(abs(gain))}"
+        for gain in (row["gain"], row["token_gain"])
+    )
     head = (
         f"{row['endpoint'][0].upper()}{row['endpoint'][1:]}: over {row['base_label']}, "
-        f"{row['label']} (horizon {number(row['horizon'])} tokens) gains {number(row['gain'])} and "
-        f"{row['token_label']} ({number(row['token_horizon'])} tokens) {number(row['token_gain'])}"
+        f"{row['label']} (horizon {number(row['horizon'])} tokens) {first} and "
+        f"{row['token_label']} ({number(row['token_horizon'])} tokens) {second}"
     )
     if row["chains"] == 1:
         return f"{head}; a single chain has no interval."
     if not math.isfinite(row["low"]):
-        return f"{head}; cannot tell what share that is: the first gain is not clear itself."
+        return f"{head}; cannot tell what share that is: the first difference is not clear itself."
     interval = (
         f"{100 * row['share']:.0f}%, 95% interval {number(100 * row['low'])}% to "
         f"{number(100 * row['high'])}%, {row['chains']} chains"
     )
     none, all_ = row["low"] <= 0 <= row["high"], row["low"] <= 1 <= row["high"]
     if none and all_:
-        says = "cannot tell whether the horizon makes none of the gain or all of it"
+        says = f"cannot tell whether the horizon makes none of the {what} or all of it"
     elif none:
-        says = "cannot tell what the horizon makes of the gain from none, and it is not all"
+        says = f"cannot tell what the horizon makes of the {what} from none, and it is not all"
     elif all_:
-        says = "the horizon makes some of the gain, and cannot be told from all of it"
+        says = f"the horizon makes some of the {what}, and cannot be told from all of it"
     elif row["high"] < 0:
-        says = "the horizon loses where macro actions gain"
+        says = "the horizon does the opposite of what macro actions do"
     else:
-        says = f"the horizon makes {'part of the gain' if row['high'] < 1 else 'more than all'}"
+        says = f"the horizon makes {'part of' if row['high'] < 1 else 'more than'} the {what}"
     return f"{head}: {interval}; {says}."
 
 
@@ -256,10 +260,13 @@ def tables_by_group(
     is equal within the group. "gates", "samples" and "runs" have the group's name in front."""
     parts: dict[str, list[pd.DataFrame]] = {}
     for name, arms in groups.items():
+        # SFT models stand as `Experiment.eval_specs` calls them: "sft" is the first arm's
+        first = ["sft"] if frames["evals"]["arm"].iloc[0] in arms else []
+        names = [*arms, *(f"sft_{arm}" for arm in arms), *first]
         own = {
             key: own_runs(frame, arms)
             if key == "runs"
-            else frame[frame["arm"].isin([*arms, "sft"])].reset_index(drop=True)
+            else frame[frame["arm"].isin(names)].reset_index(drop=True)
             for key, frame in frames.items()
         }
         inside = [pair for pair in pairs if set(pair) <= set(arms)]
@@ -270,11 +277,11 @@ def tables_by_group(
     return {key: pd.concat(found, ignore_index=True) for key, found in parts.items()}
 
 
-def quality(runs: pd.DataFrame) -> pd.DataFrame:
+def parents_table(runs: pd.DataFrame) -> pd.DataFrame:
     """What SFT and reward model of each group can do (`runs` as `tables_by_group` has it): rows as
     `claims.by_arm`, a group in the place of an arm, for `report.arm_table`."""
     rows = []
-    for (stage, key), title in QUALITY.items():
+    for (stage, key), title in PARENTS.items():
         column = f"summary.{key}"
         for group, table in runs[runs["stage"] == stage].groupby("group", sort=False):
             if column not in table or table[column].isna().any():

@@ -137,6 +137,14 @@ def test_what_selection_gains_in_words(curves):
     assert len(says) == 2
 
 
+def test_panels_of_a_row_share_an_axis_that_shows_all_of_them(curves):
+    hot = curves["rm_score"].where(curves["temperature"] < 0.8, curves["rm_score"] - 30)
+    picture = figures_samples.best_of_n(curves.assign(rm_score=hot))
+    for axis in picture.figure.axes[:2]:
+        low, high = axis.get_ylim()
+        assert low < hot.groupby(curves["arm"]).min().max() and high > 8
+
+
 def test_the_picture(curves):
     picture = figures_samples.best_of_n(curves)
     assert len(picture.figure.axes) == 4

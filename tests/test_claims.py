@@ -166,6 +166,16 @@ def test_a_gate_without_a_number_fails():
     assert failed["chains_passing"] == 5
 
 
+def test_what_claims_read_over_training():
+    rows = [{"arm": "a", "label": "A", "chain": 0, "update": u, "seconds": 3.0 * u}
+            | dict.fromkeys(claims.NORMS.values(), float(u)) for u in (1, 2, 6)]  # fmt: skip
+    values = claims.over_training(pd.DataFrame(rows))
+    assert set(values["endpoint"]) == {*claims.NORMS, claims.COST}
+    assert value(values, "a", "root mean square of Q values per token")["value"] == 3
+    assert value(values, "a", "seconds per update")["value"] == 3
+    assert not values["censored"].any()
+
+
 def test_norms_as_multiples_of_the_reference():
     (line,) = claims.norm_sentences(frames.metrics(), [("macro5", "token")])
     assert "over macro steps 0.44 times" in line  # 1 / sqrt(5), and a little

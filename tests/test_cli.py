@@ -18,7 +18,7 @@ def run(capsys, *argv):
     return code, streams.out, streams.err
 
 
-@pytest.mark.parametrize("command", ["sft", "rm", "ppo", "eval", "run", "push", "plan"])
+@pytest.mark.parametrize("command", ["sft", "rm", "ppo", "eval", "run", "push", "plan", "claims"])
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])
@@ -225,3 +225,13 @@ def test_python_dash_m_is_the_command():
     )
     assert done.returncode == 2
     assert done.stderr.startswith("marlhf: unknown preset 'nothing-here'")
+
+
+def test_claims_are_printed_and_written(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARLHF_RESULTS", str(tmp_path))
+    code, _, err = run(capsys, "claims", "--scale", "smoke")
+    assert code == 2 and "make reproduce SCALE=smoke" in err
+    (tmp_path / "smoke").mkdir()
+    code, out, _ = run(capsys, "claims", "--scale", "smoke")
+    assert code == 0 and "12  NOT RUN AT THIS SCALE: Macro actions add no computation" in out
+    assert {p.name for p in (tmp_path / "smoke").iterdir()} == {"claims.csv", "claims.json"}

@@ -507,12 +507,27 @@ def test_plan_counts_runs_minutes_and_what_is_done(light, fake_training, root, m
     assert table.done.sum() == 0
     assert table.minutes[("sft", "")] == 12
     assert table.minutes[("ppo", "whole")] == 24
-    assert table.minutes.sum() == table.left.sum() == 12 + 18 + 24 + 4 * 6 + 36 / 2
+    assert table.left.sum() == table.minutes.sum()
+    repeated = 36 * 0.5 * 256 / 1000  # a sample of 256 prompts; the figure is of 1000 responses
+    assert table.minutes.sum() == pytest.approx(12 + 18 + 24 + 4 * 6 + repeated)
     execute(Experiment.load("fig02_tldr", "tiny", seeds=[0]).specs(), 0, progress=False)
     after = plan("tiny", ["fig02_tldr"]).set_index(["stage", "arm"])
     assert after.done.sum() == 7 + 6
     assert after.left[("sft", "")] == 10
     assert after.minutes[("sft", "")] == pytest.approx(10, abs=0.1)
+
+
+def test_minutes_of_other_widths_and_of_repeated_samples(light, monkeypatch):
+    known = {"sft": 1.0, "sft/hidden32": 0.5, "ppo": 1.0, "ppo/b": 2.0, "eval": 0.1}
+    monkeypatch.setattr(pool, "ledger", lambda: {"minutes": {"tldr-smoke": known}})
+    repeat = {"repeat": {"samples": 3, "temperatures": [0.0, 0.8], "prompts": 10}}
+    small = load_config("tldr-smoke", "model.tiny.hidden=32", "model.tiny.ff=64", repeat)
+    assert pool.minutes(stage_spec("sft", load_config("tldr-smoke"))) == 1.0
+    assert pool.minutes(stage_spec("sft", small)) == 0.5
+    ppo = stage_spec("ppo", small, arm="b")
+    assert pool.minutes(ppo) == 2.0
+    assert pool.minutes(eval_spec(ppo)) == pytest.approx(0.1 * (1 + 3) * 10 / 1000)
+    assert pool.minutes(stage_spec("rm", small)) is None
 
 
 def test_plan_says_where_minutes_are_not_known(light, root, monkeypatch):

@@ -46,6 +46,13 @@ def test_pass_rates_by_hand(repeated):
     )
 
 
+def test_pass_rates_as_endpoints(repeated):
+    values = programs.endpoints(programs.pass_rates(repeated))
+    assert set(values["endpoint"]) == {"pass@1", "pass@5"} and set(values["unit"]) == {"share"}
+    assert one(values, arm="macro10", chain=1, endpoint="pass@1")["value"] == pytest.approx(0.9)
+    assert len(values) == 2 * 2 * 3  # k, chains, arms: all difficulties together
+
+
 def test_table3_pairs_arms_within_chains(repeated):
     table = programs.table3(programs.pass_rates(repeated), "token")
     row = one(table, arm="macro10", difficulty="all", k=1)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from test_claims import SETTINGS
 
-from marlhf import figures, report
+from marlhf import claims, figures, report
 
 PAIRS = [("macro5", "token"), ("token_matched", "token")]
 
@@ -42,6 +42,13 @@ def test_tables_survive_the_disk(made, folder):
         pd.testing.assert_frame_equal(
             read[name], made[name].reset_index(drop=True), check_dtype=False, rtol=1e-4
         )
+
+
+def test_claims_find_more_endpoints_than_are_compared(made):
+    extra = {*claims.NORMS, claims.COST}
+    assert extra < set(made["endpoints"]["endpoint"])
+    for name in ("arms", "comparisons", "power"):
+        assert not extra & set(made[name]["endpoint"])
 
 
 def test_one_chain_and_no_truth_leave_out_what_they_cannot_have():

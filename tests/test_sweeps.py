@@ -152,7 +152,7 @@ def test_shares_by_hand(horizons):
     assert found.loc["macro5", ["gain", "token_gain", "share"]].tolist() == [2, 1, 0.5]
     assert math.isinf(found.loc["macro5_80", "high"])  # gains nothing: there is no share
     assert "part of the gain" in sweeps.share_sentence(found.loc["macro5"])
-    assert "first gain is not clear" in sweeps.share_sentence(found.loc["macro5_80"])
+    assert "first difference is not clear" in sweeps.share_sentence(found.loc["macro5_80"])
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_shares_by_hand(horizons):
         (-0.5, 0.5, "from none, and it is not all"),
         (0.5, 1.5, "some of the gain, and cannot be told from all of it"),
         (0.2, 0.8, "the horizon makes part of the gain"),
-        (1.2, 1.8, "the horizon makes more than all"),
-        (-0.8, -0.2, "loses where macro actions gain"),
+        (1.2, 1.8, "the horizon makes more than the gain"),
+        (-0.8, -0.2, "opposite of what macro actions do"),
     ],
 )
 def test_the_interval_of_a_share_gives_the_words(low, high, words):
@@ -176,6 +176,8 @@ def test_the_interval_of_a_share_gives_the_words(low, high, words):
     assert words in text
     assert "3 chains" in text and "97 tokens" in text
     assert "no interval" in sweeps.share_sentence({**row, "chains": 1})
+    lost = sweeps.share_sentence({**row, "gain": -0.2, "token_gain": -0.1})
+    assert "loses 0.2 and B (99 tokens) loses 0.1" in lost
 
 
 def sizes():
@@ -221,9 +223,9 @@ def test_every_size_has_its_own_gates_and_quality():
     assert len(made["runs"]) == 2 * 10
     main = made["comparisons"][made["comparisons"]["endpoint"] == MAIN]
     assert list(zip(main["arm"], main["reference"], strict=True)) == pairs
-    quality = sweeps.quality(made["runs"]).set_index(["endpoint", "arm"])
-    assert quality.loc[("RM pair accuracy, held out", "40k"), "mean"] == pytest.approx(0.70)
-    assert "SFT loss, held out" not in quality.index.get_level_values(0)  # not in these manifests
+    table = sweeps.parents_table(made["runs"]).set_index(["endpoint", "arm"])
+    assert table.loc[("RM pair accuracy, held out", "40k"), "mean"] == pytest.approx(0.70)
+    assert "SFT loss, held out" not in table.index.get_level_values(0)  # not in these manifests
 
 
 def test_one_name_for_a_line_at_every_size():
