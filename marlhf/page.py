@@ -100,6 +100,7 @@ def arm_settings(name: str, scale: str) -> tuple[str, pd.DataFrame]:
 def section(folder: Path, summary: Mapping[str, Any], scale: str) -> dict[str, Any]:
     """What the templates show of an experiment; tables are (caption, frame)."""
     name, tables = folder.name, report.read_tables(folder)
+    summary = {"chains": None, "runs": None, **summary}
     book = notebook_of(name)
     prose = told(book)
     says, primary = summary.get("verdicts") or {}, summary.get("primary")
@@ -232,7 +233,8 @@ def render(template: str, **context: Any) -> str:
     )  # fmt: skip
     environment.filters |= {"rows": rows, "prose": prose, "markdown": report.markdown,
                             "slug": lambda text: re.sub(r"\W+", "-", text)}  # fmt: skip
-    return environment.get_template(template).render(**context)
+    text = environment.get_template(template).render(**context)
+    return re.sub(r"\n{3,}", "\n\n", text) if template.endswith(".md") else text
 
 
 def readme_block(found: Mapping[str, Any]) -> str:
