@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -232,13 +231,10 @@ def fallbacks(counts: pd.DataFrame) -> Picture:
     figures._lines(axes[0, 0], shares, "update", "percent")
     axes[0, 0].set_ylabel("sentences\nwithout a parse (%)", fontsize=FONT)
     axes[0, 0].set_ylim(bottom=0)
-    ends = [shares.loc[shares["update"] == u, "percent"].mean() for u in _ends(shares)]
+    means = shares.groupby("update")["percent"].mean()
     return Picture(
         figure,
-        f"Sentences that the parser has no tree for, over PPO updates: {ends[0]:.2f}% at the "
-        f"first, {ends[1]:.2f}% at the last.",
+        f"Sentences that the parser has no tree for, over PPO updates: {means.iloc[0]:.2f}% at the "
+        f"first, at most {means.max():.2f}% (update {means.idxmax()}), {means.iloc[-1]:.2f}% at "
+        "the last.",
     )
-
-
-def _ends(frame: pd.DataFrame) -> Sequence[int]:
-    return frame["update"].min(), frame["update"].max()
