@@ -471,6 +471,13 @@ def validate(config: Config) -> None:
         not macro.empty_step or (macro.last_alone and macro.termination in ("token", "fixed")),
         "ppo.macro.empty_step needs ppo.macro.last_alone=true and termination token or fixed",
     )
+    _check(
+        macro.termination != "parsing"
+        or macro.parser != "twin"
+        or config.data.source == "embedded",
+        f"ppo.macro.parser=twin has the grammar of generated rows, not of data.source="
+        f"{config.data.source}: set ppo.macro.parser=stanza",
+    )
     lengths = macro.lengths
     _check(
         len(lengths) > 0 and min(lengths) > 0,

@@ -398,6 +398,7 @@ def forest(comparisons: pd.DataFrame) -> Picture:
         )
         axis.set_title(endpoint, fontsize=FONT, loc="left")
         unit = table["unit"].iloc[0]
+        axis.locator_params(axis="x", nbins=5)  # more would run into one another
         axis.set_xlabel("higher →" if unit == "score" else f"{unit} sooner →", fontsize=FONT)
     said = ". ".join(words)
     return Picture(figure, f"Paired differences over chains with 95% intervals. {said}.")

@@ -1,11 +1,9 @@
-"""What an experiment leaves under results/, and the README's computed block.
+"""What an experiment leaves under results/: results/<scale>/<name>/*.csv, *.png, and summary.json,
+which is written last.
 
-results/<scale>/<name>/*.csv, *.png, and summary.json, which is written last
-
-python -m marlhf.report --scale tiny     # puts the computed block into README.md
+    python -m marlhf.report --scale tiny     # the report of all experiments: see marlhf.page
 """
 
-import argparse
 import json
 import math
 import os
@@ -18,12 +16,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from marlhf import claims, programs, runs
+from marlhf import claims, runs
 from marlhf.claims import SCORES, number
 from marlhf.config import CONFIGS, read_yaml
 
 HOME = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 KEPT = [  # of the metrics; the others stay in the runs
     "arm", "label", "chain", "update", "seconds", "rm_score", "true_score", "kl", "length",
     "finished", "entropy", "clip_fraction", "explained_variance", "macros", "adv_rms_token",
@@ -255,87 +252,7 @@ def table2(experiments: Mapping[str, Mapping[str, pd.DataFrame]]) -> pd.DataFram
     return pd.DataFrame(rows)
 
 
-def finished_experiments(scale: str) -> dict[str, tuple[Path, dict[str, Any]]]:
-    """Folder and summary of each experiment whose results are whole, by name; not of those with a
-    single chain, which have no intervals (quickstart)."""
-    found = {}
-    for path in sorted((results_root() / scale).glob("*/summary.json")):
-        summary = json.loads(path.read_text())
-        if summary["chains"] > 1:
-            found[path.parent.name] = path.parent, summary
-    return found
-
-
-# README
-
-
-def readme_block(scale: str = "tiny") -> str:
-    """The computed part of the README, from the files under results/ alone: figure and table of
-    TL;DR, Table 2, and for each experiment the verdicts on its primary endpoint and its gates."""
-    found = finished_experiments(scale)
-    folder, summary = found["fig02_tldr"]
-    place = folder.relative_to(results_root().parent).as_posix()
-    lines = [
-        f"![{summary['pictures']['fig02_updates.png']}]({place}/fig02_updates.png)", "",
-        f"{summary['title']}: {summary['chains']} chains at `SCALE={summary['scale']}`, mean ± "
-        f"half of the 95% interval over chains.", "",
-        markdown(arm_table(read_tables(folder)["arms"])),
-    ]  # fmt: skip
-    made = {summary["task"]: read_tables(path) for path, summary in found.values()}
-    rows = table2({task: tables for task, tables in made.items() if "arms" in tables})
-    lines += ["", "Table 2, score of the reward model at the end (ours in spreads of the SFT "
-              "model's score):", "", markdown(rows)]  # fmt: skip
-    for tables in made.values():
-        if "table3" in tables:
-            lines += ["", "Table 3, share of held-out problems solved:", "",
-                      markdown(programs.table3_wide(tables["table3"]))]  # fmt: skip
-    for path, summary in found.values():
-        tables, main = made[summary["task"]], summary["primary"]
-        compared = tables["comparisons"]
-        # the primary endpoint of every comparison; of the paper's own one, times to a score
-        # and the truth at the end too
-        papers = compared["arm"].str.startswith("macro") & (compared["reference"] == "token")
-        shown = compared[
-            (compared["endpoint"] == main)
-            | (papers & (compared["unit"] == "updates"))
-            | (papers & (compared["endpoint"] == f"final {SCORES['true_score']}"))
-        ]
-        place = path.relative_to(results_root().parent).as_posix()
-        lines += [
-            "",
-            f"**[{summary['title']}]({place}/)**, primary endpoint: {main}. "
-            f"{summary['runs']} runs, {summary['minutes']:.0f} minutes of one thread.",
-        ]
-        if "gates" in tables:
-            lines[-1] += " " + claims.gate_sentence(tables["gates"])
-        lines += ["", *(f"- {claims.verdict_sentence(row)}" for _, row in shown.iterrows())]
-    return "\n".join(lines)
-
-
-def fill(text: str, block: str) -> str:
-    """`text` with the part between the markers replaced; ValueError if they are not there once."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md must hold {BEGIN} and {END} once each")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{block}\n{END}{rest.partition(END)[2]}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Rewrites the README's block from results/tiny; other scales leave it alone."""
-    parser = argparse.ArgumentParser(prog="python -m marlhf.report", description=main.__doc__)
-    parser.add_argument("--scale", default="tiny")
-    options = parser.parse_args(arguments)
-    if options.scale != "tiny":
-        print(
-            f"README.md shows SCALE=tiny; the results of {options.scale} are in "
-            f"{results_root() / options.scale}"
-        )
-        return
-    path = HOME / "README.md"
-    block = readme_block(options.scale)
-    runs.atomic_write(path, fill(path.read_text(encoding="utf-8"), block))
-    print("README.md: results block written")
-
-
 if __name__ == "__main__":
+    from marlhf.page import main  # the report of a scale; it stands on this module
+
     main()

@@ -42,6 +42,13 @@ def test_every_measure_of_every_arm_with_its_interval():
     assert shown.loc["perplexity under the reference", "SFT"] == "2.1"
 
 
+def test_rounding_is_no_divergence():
+    frame = made(temperatures=[0.8])
+    frame["kl"] = frame["kl"].where(frame["arm"] != "sft", [-4e-7, 3e-7] * 3)
+    shown = report.arm_table(quality.quality_table({"quality": frame})).set_index("endpoint")
+    assert shown.loc[quality.TITLES["kl"], "SFT"] == "0"
+
+
 def test_without_a_true_score_there_is_no_row_of_it():
     table = quality.quality_table({"quality": made(truth=False)})
     assert not table.endpoint.str.contains("true score").any()

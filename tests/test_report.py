@@ -1,7 +1,6 @@
 """What an experiment leaves under results/, and the README's block."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import frames
@@ -123,26 +122,3 @@ def test_table_2_sets_ours_beside_the_papers(made):
     row = made["comparisons"].query("endpoint == 'final RM score' and arm == 'macro5'").iloc[0]
     assert table["difference"][0].startswith(report.number(row["difference"]) + " [")
     assert table["MA-PPO"][0].endswith("(n = 5)")
-
-
-def test_the_readme_block_is_computed(folder):
-    block = report.readme_block()
-    quick = folder.parent / "quickstart"  # one chain of the same task: nothing to report
-    shutil.copytree(folder, quick)
-    summary = json.loads((quick / "summary.json").read_text())
-    (quick / "summary.json").write_text(json.dumps(summary | {"chains": 1}))
-    assert report.readme_block() == block
-    assert "results/tiny/fig02_tldr/fig02_updates.png" in block
-    assert "MA-PPO, n = 5" in block
-    assert "primary endpoint: mean RM score over training" in block
-    assert "| tldr | Gemma-2B: 0.84 → 1.41" in block
-    text = f"# x\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    filled = report.fill(text, block)
-    assert "old" not in filled
-    assert filled.endswith(f"{report.END}\nafter\n")
-    assert report.fill(filled, block) == filled
-
-
-def test_a_readme_without_its_markers_is_refused():
-    with pytest.raises(ValueError, match="once"):
-        report.fill("# x\n", "block")
