@@ -80,7 +80,7 @@ NAMES = {
     "length": "response length (tokens)",
     "finished": "share finished",
     "distinct2": "distinct bigrams (share)",
-    "explained_variance": "explained variance of the critic",
+    "explained_variance": "explained variance\nof the critic",
     "adv_l2_macro": "advantages:\nL2 over macro steps",
     "q_l2_macro": "Q values:\nL2 over macro steps",
     "adv_rms_token": "advantages:\nRMS per token",
