@@ -416,7 +416,7 @@ def test_arms_of_another_sft_model_have_its_samples_beside_them(light):
             assert sampled.hash == specs[arm, chain].parents["sft"].hash
     labels = found.labels()
     assert labels["sft"] == "SFT"
-    assert labels["sft_token_large"] == "SFT of token PPO, 404k parameters"
+    assert labels["sft_token_large"] == "SFT of token PPO, 405k parameters"
     assert keys <= set(labels)
 
 
