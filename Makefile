@@ -1,5 +1,5 @@
 # make            lists the targets
-# SCALE=smoke     the whole pipeline in two minutes      SCALE=tiny  the default
+# SCALE=smoke     the whole pipeline in three minutes    SCALE=tiny  the default
 # SCALE=full      more chains, hours                     WORKERS=N   processes side by side
 # ENV=here        use the python on PATH (conda) instead of making .venv
 SCALE   ?= tiny

@@ -26,6 +26,8 @@ from marlhf.report import HOME, number, results_root
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 TABLE2 = ("fig02_tldr", "fig13_hh", "fig15_webgpt")
 LESSONS = ("quickstart",)  # a first example, not a result
+# How the pictures end that show what a figure is about: fig02_updates, fig06_by_length, ...
+FIRST = ("updates", "length", "size", "n", "rates", "temperature", "gains", "horizon")
 GATES = {  # columns of gates.csv as people read them
     "gate": "gate", "at_least": "at least", "at_most": "at most", "mean": "mean over chains",
     "worst": "worst chain", "chains_passing": "chains passing", "passes": "passes",
@@ -97,6 +99,14 @@ def arm_settings(name: str, scale: str) -> tuple[str, pd.DataFrame]:
     return next(iter(configs.values())).name, pd.DataFrame(rows)
 
 
+def place(picture: str) -> int:
+    """Where a picture stands among its experiment's: what the figure shows first, then the rest in
+    the order of their names, paired differences and signs of a gamed reward model last."""
+    kind = Path(picture).stem.rpartition("_")[2]
+    last = {"differences": 2, "signs": 3, "hacking": 3}
+    return 0 if kind in FIRST else last.get(kind, 1)
+
+
 def section(folder: Path, summary: Mapping[str, Any], scale: str) -> dict[str, Any]:
     """What the templates show of an experiment; tables are (caption, frame)."""
     name, tables = folder.name, report.read_tables(folder)
@@ -132,7 +142,7 @@ def section(folder: Path, summary: Mapping[str, Any], scale: str) -> dict[str, A
         "pictures": [
             {"file": f"{name}/{file}", "id": f"{name}-{Path(file).stem}", "alt": alt,
              "size": _size(folder / file)}
-            for file, alt in summary["pictures"].items()
+            for file, alt in sorted(summary["pictures"].items(), key=lambda item: place(item[0]))
         ],
         "tables": shown, "primary": primary,
         "main": [text for key, text in says.items() if key.startswith(f"{primary}: ")],

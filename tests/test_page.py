@@ -148,6 +148,16 @@ def test_nothing_to_report_is_one_line(capsys):
     assert stop.value.code == 2 and "make reproduce SCALE=full" in capsys.readouterr().err
 
 
+def test_the_main_picture_of_a_figure_comes_first():
+    names = ["fig02_differences.png", "fig02_hacking.png", "fig02_seconds.png", "fig02_updates.png"]
+    first, *_, last = sorted(names, key=page.place)
+    assert (first, last) == ("fig02_updates.png", "fig02_hacking.png")
+    for path in (report.HOME / "results" / "tiny").glob("*/summary.json"):
+        pictures = json.loads(path.read_text())["pictures"]
+        if path.parent.name not in page.LESSONS and pictures:
+            assert min(map(page.place, pictures)) == 0, path
+
+
 def test_figures_stand_in_the_papers_order():
     names = ["table2_scores", "horizon", "fig13_hh", "fig02_tldr", "table5_settings"]
     assert sorted(names, key=page.order) == [
