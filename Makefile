@@ -6,18 +6,14 @@ SCALE   ?= tiny
 WORKERS ?=
 ENV     ?= venv
 NAME    ?=
-# What has runs of its own, all of which go into one batch, and what is made from them.
-RUNS    := fig02_tldr fig05_termination fig06_ngram fig07_ngram_hh fig08_best_of_n fig13_hh \
-           fig15_webgpt fig19_value_weights fig21_temperature table3_apps
-TINY    := fig09_scaling horizon
-FULL    := estimators official
-ifneq ($(filter $(SCALE),smoke tiny full),)
-RUNS    += $(TINY)
-endif
-ifneq ($(filter $(SCALE),smoke full),)
-RUNS    += $(FULL)
-endif
-FIGURES := $(filter-out fig07_ngram_hh,$(RUNS)) fig04_win_rates table2_scores table5_settings
+# The notebooks of a scale. The runs of those that have some go into one batch first.
+OWN_RUNS := fig02_tldr fig05_termination fig06_ngram fig08_best_of_n fig13_hh fig15_webgpt \
+            fig19_value_weights fig21_temperature table3_apps \
+            $(if $(filter $(SCALE),smoke tiny full),fig09_scaling horizon) \
+            $(if $(filter $(SCALE),smoke full),estimators official)
+FIGURES  := $(OWN_RUNS) fig04_win_rates table2_scores table5_settings
+RUNS     := $(strip $(filter $(OWN_RUNS),$(FIGURES)) \
+            $(if $(filter fig06_ngram,$(FIGURES)),fig07_ngram_hh))
 
 export MARLHF_RUNS    ?= $(CURDIR)/runs
 export MARLHF_RESULTS ?= $(CURDIR)/results
@@ -62,8 +58,8 @@ setup: $(STAMP)  ## make .venv from requirements.lock (the other targets do it w
 	@touch $@
 
 reproduce: $(STAMP)  ## every figure and table: results/$(SCALE)/ and the README's numbers
-	$(PY) -m marlhf plan $(RUNS) --scale $(SCALE)
-	$(PY) -m marlhf run $(RUNS) --scale $(SCALE) $(if $(WORKERS),--workers $(WORKERS)) >/dev/null
+	$(if $(RUNS),$(PY) -m marlhf plan $(RUNS) --scale $(SCALE))
+	$(if $(RUNS),$(PY) -m marlhf run $(RUNS) --scale $(SCALE) $(if $(WORKERS),--workers $(WORKERS)) >/dev/null)
 	$(NOTEBOOK) $(FIGURES)
 	$(PY) -m marlhf.report --scale $(SCALE)
 

@@ -137,10 +137,9 @@ def titles(settings: Mapping, values: pd.DataFrame) -> list[str]:
 
 def gains(values: pd.DataFrame, endpoint: str, arm: str, reference: str) -> np.ndarray:
     """Paired differences over chains, positive where the arm is better (see `claims.compare`)."""
-    rows = values[values["endpoint"] == endpoint]
-    table = rows.pivot(index="chain", columns="arm", values="value")[[arm, reference]]
-    difference = (table[arm] - table[reference]).to_numpy()
-    return difference if (rows["unit"] == "score").all() else -difference
+    a, b = claims.pair(values[values["endpoint"] == endpoint], arm, reference)
+    difference = a["value"].to_numpy() - b["value"].to_numpy()
+    return difference if (a["unit"] == "score").all() else -difference
 
 
 def share(
