@@ -81,6 +81,9 @@ class ModelConfig:
     tiny: TinyConfig = section(TinyConfig, "shape of the model made from scratch")
     revision: str | None = option(None, "revision of a hub model")
     dtype: str = option("float32", "weights", choices=("float32", "bfloat16", "float16"))
+    autocast: str | None = option(
+        None, "products, where weights are float32; null: as the weights", choices=("bfloat16",)
+    )
     attention: str = option(
         "sdpa", "attention kernel", choices=("sdpa", "eager", "flash_attention_2")
     )

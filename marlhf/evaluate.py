@@ -12,6 +12,7 @@ import torch
 
 from marlhf import processes
 from marlhf.models import Reference, pack
+from marlhf.placement import sharding
 from marlhf.sampling import Sample, Sampler, keyed_uniforms
 from marlhf.text import Example, decode, encode_prompt, left_pad
 
@@ -77,9 +78,12 @@ class Evaluator:
         """
         sampler = Sampler(policy, self.tokenizer, self.temperature, self.top_k)
         rows, share = [], processes.deal(range(len(self.prompts)))
+        own = len(share)
+        if sharding():  # all processes go through as many batches
+            share = [*share, 0][: -(-len(self.prompts) // processes.world())]
         for start in range(0, len(share), self.batch):
             rows += self._rows(sampler, *self.prompts.batch(share[start : start + self.batch]))
-        return processes.undeal(processes.gather(rows))
+        return processes.undeal(processes.gather(rows[:own]))
 
     def _rows(self, sampler, examples, ids, mask) -> list[dict]:
         names = [e.id for e in examples]

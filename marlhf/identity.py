@@ -27,6 +27,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "accelerate", "peft
 NOT_SOURCE = {
     *("", "__main__", "cli", "config", "runs", "identity", "stages", "pool", "experiment"),
     *("plans", "memory", "tracking", "hub"),
+    "placement",  # does nothing by default; `stages.entry_modules` adds it where it does
     *("figures", "claims", "report"),
 }
 
@@ -128,7 +129,8 @@ def _source(entry_modules: Sequence[str]) -> dict[str, tuple[str, Path]]:
     while queue:
         module = queue.pop()
         inside = module == "marlhf" or module.startswith("marlhf.")
-        if module in found or not inside or module.partition(".")[2] in NOT_SOURCE:
+        left_out = module.partition(".")[2] in NOT_SOURCE and module not in entry_modules
+        if module in found or not inside or left_out:
             continue
         path = _module_file(module)
         if path is None:  # a name inside a module, not a module

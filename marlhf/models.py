@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from marlhf.config import ModelConfig
+from marlhf.placement import precision, running, set_precision
 from marlhf.text import check_vocabulary
 
 ARCHITECTURES = ("llama", "gemma")
@@ -148,6 +149,7 @@ def load_policy(config: ModelConfig, tokenizer, source: str | Path | None = None
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.lora.rank > 0:
         model = _add_lora(model, config, "CAUSAL_LM", seed)
+    set_precision(model, config)
     return model
 
 
@@ -177,6 +179,7 @@ def load_scalar(
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.lora.rank > 0:
         model = _add_lora(model, config, "SEQ_CLS", seed)
+    set_precision(model, config)
     return model
 
 
@@ -391,6 +394,8 @@ class ActorCritic(nn.Module):
         self.critic = critic
         self.value_shift = value_shift
         self.value_scale = value_scale
+        # what a wrapper that shares weights out takes for one unit: a layer
+        self._no_split_modules = getattr(policy, "_no_split_modules", None)
 
     def forward(self, ids, starts, mask, temperature: float = 1.0, kept=None, parts="both"):
         """-> log-probabilities, values, entropies of the response tokens on ``mask`` ``[B, T]``.
@@ -400,17 +405,18 @@ class ActorCritic(nn.Module):
         ``parts="values"`` gives the values alone. Everything goes through this one call, because a
         wrapper for several processes sees no other.
         """
-        values = token_values(self.critic, ids, starts, mask)
-        values = torch.where(mask, values * self.value_scale + self.value_shift, 0.0)
-        if parts == "values":
-            return values
-        tokens = response_tokens(ids, starts, mask.shape[1])[mask]
-        hidden = response_hidden(backbone_of(self.policy), ids, starts, mask)
-        kept = None if kept is None else kept[mask]
-        logprobs, entropies = token_logprobs(
-            self.policy, hidden, tokens, temperature, kept, entropy=True
-        )
-        return unravel(logprobs, mask), values, unravel(entropies, mask)
+        with precision(self.policy):
+            values = token_values(self.critic, ids, starts, mask)
+            values = torch.where(mask, values * self.value_scale + self.value_shift, 0.0)
+            if parts == "values":
+                return values
+            tokens = response_tokens(ids, starts, mask.shape[1])[mask]
+            hidden = response_hidden(backbone_of(self.policy), ids, starts, mask)
+            kept = None if kept is None else kept[mask]
+            logprobs, entropies = token_logprobs(
+                self.policy, hidden, tokens, temperature, kept, entropy=True
+            )
+            return unravel(logprobs, mask), values, unravel(entropies, mask)
 
     def parameter_groups(self, lr: float, critic_lr: float, weight_decay: float) -> list[dict]:
         """One optimizer group for the policy and one for the critic, in that order."""
@@ -435,16 +441,20 @@ class Reference:
     @torch.no_grad()
     def logprobs(self, ids, starts, tokens, mask, *temperatures: float) -> list[torch.Tensor]:
         """log pi_ref of response ``tokens`` ``[B, T]``, 0 off the mask, at each temperature."""
-        with self.model.disable_adapter() if is_lora(self.model) else nullcontext():
+        bare = self.model.disable_adapter() if is_lora(self.model) else nullcontext()
+        with bare, running(self.model):
             hidden = response_hidden(backbone_of(self.model), ids, starts, mask)
             found = [token_logprobs(self.model, hidden, tokens[mask], t) for t in temperatures]
         return [unravel(each, mask) for each in found]
 
 
-def save_model(model, tokenizer, folder: str | Path) -> None:
-    """safetensors that transformers loads with nothing of ours; LoRA is merged in a copy first."""
+def save_model(model, tokenizer, folder: str | Path, state: dict | None = None) -> None:
+    """safetensors that transformers loads with nothing of ours; LoRA is merged in a copy first.
+
+    `state` is `placement.whole_state` of the model: its weights, where they are in shares.
+    """
     _no_bars_in_logs()
     if is_lora(model):
         model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(os.fspath(folder))
+    model.save_pretrained(os.fspath(folder), state_dict=state)
     tokenizer.save_pretrained(os.fspath(folder))

@@ -12,6 +12,7 @@ Several processes (`marlhf.processes`) share the prompts of an update: what is o
 and logged is that of all of them together, whatever their number.
 """
 
+import functools
 import json
 import math
 import time
@@ -33,6 +34,15 @@ from marlhf.objectives import (
     token_rewards,
     value_loss,
     whiten,
+)
+from marlhf.placement import (
+    adopt,
+    loading_device,
+    make_accelerator,
+    place,
+    sharding,
+    whole_state,
+    working_dtype,
 )
 from marlhf.rewards import TrueScore
 from marlhf.roles import make_optimizer, make_roles, merged_critic
@@ -66,12 +76,8 @@ class PPOTrainer:
         rm: str | Path | None = None,
         run: Run | None = None,
     ):
-        from accelerate import Accelerator
-
         self.config, self.ppo, self.data, self.run = config, config.ppo, data, run
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), step_scheduler_with_optimizer=False
-        )
+        self.accelerator = make_accelerator(config.model)
         self.device = self.accelerator.device
         self.world = self.accelerator.num_processes
         if self.ppo.batch % self.world:
@@ -83,12 +89,17 @@ class PPOTrainer:
             str(sft), config.model.revision, config.model.trust_remote_code
         )
         self.task = get_task(config.data.task)
-        roles = make_roles(config, self.tokenizer, sft, rm, self.device)
+        roles = make_roles(config, self.tokenizer, sft, rm, loading_device(self.device))
         actor, self.reference, self.reward = roles.actor, roles.reference, roles.reward
         self.truth = TrueScore(self.task) if self.task.has_truth(config.data) else None
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(
             actor, *make_optimizer(actor, self.ppo)
         )
+        if sharding():
+            adopt(self.model)
+            for frozen in (self.reference, self.reward):
+                if hasattr(frozen, "model"):
+                    frozen.model = place(frozen.model, self.accelerator)
         macro = self.ppo.macro
         settings = {name: getattr(macro, name) for name in ("n", "lengths", "repeats", "reading")}
         self.segmenter = make_segmenter(macro.termination, **settings)
@@ -274,10 +285,12 @@ class PPOTrainer:
         """One optimizer step on the rows `index`, in micro-batches of one gradient."""
         # every micro-batch of every process divides by the tokens of the whole minibatch
         tokens = self.accelerator.reduce(rollout.mask[index].sum().float()) / self.world
-        parts = index.split(self.ppo.micro_batch or max(1, len(index)))
+        parts = list(index.split(self.ppo.micro_batch or max(1, len(index))))
+        # weights in shares: every process goes through as many passes
+        parts += [index[:0]] * (max(processes.gather(len(parts))) - len(parts))
         rows = []
-        for micro in parts:
-            last = micro is parts[-1]
+        for number, micro in enumerate(parts, 1):
+            last = number == len(parts)
             # gradients are summed over processes once, in the last backward pass
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss, row = self._loss(rollout, advantages, micro, tokens, first)
@@ -303,7 +316,7 @@ class PPOTrainer:
     def _check(self, rollout, totals: dict[str, float], index, first: bool) -> None:
         """Raises TrainingError, in all processes, where the step must not be taken."""
         update, gap = rollout.update, totals.pop("gap")
-        dtype = next(self.actor.policy.parameters()).dtype
+        dtype = working_dtype(self.actor.policy)
         limit = TOLERANCE[dtype]
         # the ratio of the first pass is 1: what was sampled from is what is optimised
         if first and gap > limit and update == self.done:
@@ -410,6 +423,14 @@ class PPOTrainer:
                 self.run.log("samples", {"update": self.done, **row})
         return summary
 
+    def summary(self) -> dict:
+        """What the finished run says of itself: its first and last evaluation, and the time."""
+        found = {}
+        if processes.main():
+            evals = self.run.frame("evals")
+            found = {"before": evals.iloc[0].to_dict(), "after": evals.iloc[-1].to_dict()}
+        return {**found, "training_seconds": self.seconds}
+
     def save(self, folder: Path) -> None:
         """Everything that training goes on from: weights, optimizer, schedule, counters."""
         self.accelerator.save_state(str(folder), safe_serialization=False)  # keeps tied weights
@@ -436,15 +457,19 @@ class PPOTrainer:
         return time.perf_counter()
 
 
-def train_ppo(config: Config, data: TaskData, run: Run, sft: Path, rm: Path | None) -> None:
+def train_ppo(
+    config: Config,
+    data: TaskData,
+    run: Run,
+    sft: Path,
+    rm: Path | None,
+    kind: type[PPOTrainer] = PPOTrainer,
+) -> None:
     """Trains from the finished runs `sft` and `rm`, saves policy and critic, finishes the run."""
-    trainer = PPOTrainer(config, data, sft / "model", rm and rm / "model", run)
+    trainer = kind(config, data, sft / "model", rm and rm / "model", run)
     trainer.train()
-    actor, tokenizer = trainer.actor, trainer.tokenizer
-    run.save_model(lambda folder: save_model(actor.policy, tokenizer, folder))
-    critic = merged_critic(actor)
-    run.save_model(lambda folder: save_model(critic, tokenizer, folder), name="critic")
-    evals = run.frame("evals") if processes.main() else None
-    rows = {"before": 0, "after": -1} if processes.main() else {}
-    found = {name: evals.iloc[row].to_dict() for name, row in rows.items()}
-    run.finish({**found, "training_seconds": trainer.seconds})
+    actor = trainer.actor
+    for name, model in (("model", actor.policy), ("critic", merged_critic(actor))):
+        write = functools.partial(save_model, model, trainer.tokenizer, state=whole_state(model))
+        run.save_model(write, name)
+    run.finish(trainer.summary())

@@ -20,6 +20,7 @@ import torch
 
 from marlhf.config import Config, LoraConfig
 from marlhf.models import load_scalar, save_model, sequence_scores
+from marlhf.placement import running
 from marlhf.text import Example, Prompt, encode_prompt, encode_response, load_tokenizer, right_pad
 
 if TYPE_CHECKING:
@@ -79,9 +80,10 @@ class RewardModel:
         path = Path(source) / SCALE
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def save(self, folder: str | Path) -> None:
-        """A folder that transformers loads alone, with the scale in a file of its own."""
-        save_model(self.model, self.tokenizer, folder)
+    def save(self, folder: str | Path, state: dict | None = None) -> None:
+        """A folder that transformers loads alone, with the scale in a file of its own; `state` as
+        in `save_model`."""
+        save_model(self.model, self.tokenizer, folder, state)
         scale = {"mean": self.mean, "std": self.std}
         (Path(folder) / SCALE).write_text(json.dumps(scale) + "\n")
 
@@ -101,11 +103,12 @@ class RewardModel:
         scores = np.empty(len(rows), np.float32)
         training = self.model.training
         self.model.eval()
-        for start in range(0, len(order), self.batch):
-            index = order[start : start + self.batch]
-            ids, mask = right_pad([rows[i] for i in index], self.tokenizer.pad_token_id)
-            ids, lengths = ids.to(self.model.device), mask.sum(1).to(self.model.device)
-            scores[index] = sequence_scores(self.model, ids, lengths).cpu().numpy()
+        with running(self.model):
+            for start in range(0, len(order), self.batch):
+                index = order[start : start + self.batch]
+                ids, mask = right_pad([rows[i] for i in index], self.tokenizer.pad_token_id)
+                ids, lengths = ids.to(self.model.device), mask.sum(1).to(self.model.device)
+                scores[index] = sequence_scores(self.model, ids, lengths).cpu().numpy()
         self.model.train(training)
         return scores
 

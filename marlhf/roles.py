@@ -159,6 +159,7 @@ class Role(nn.Module):
         super().__init__()
         inner = trunk.get_base_model()
         self.adapter, self.config = adapter, inner.config
+        self.marlhf_autocast = getattr(trunk, "marlhf_autocast", None)
         backbone = getattr(inner, inner.base_model_prefix)
         self.backbone = _Adapted(backbone, [adapter] if adapter else [])
         self._output = (inner.get_output_embeddings(),)

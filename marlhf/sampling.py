@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from marlhf.models import backbone_of, feed_forward_at, position_ids
+from marlhf.placement import running
 from marlhf.runs import keyed_rng
 
 
@@ -91,6 +92,10 @@ class Sampler:
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor) -> Sample:
+        with running(self.model):
+            return self._sample(ids, mask, uniforms)
+
+    def _sample(self, ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor) -> Sample:
         from transformers import StaticCache
 
         model, (rows, prompt), length = self.model, ids.shape, uniforms.shape[1]

@@ -182,6 +182,8 @@ def _sections(stage: str, config: Config) -> dict[str, Any]:
     if _local_source(config):
         data["source"] = "file"  # its content is in the data's fingerprint
     del data["allow_unsafe_programs"]  # where they may run, not what comes of it
+    if config.model.autocast is None:  # off is as if there were no such setting
+        del model["autocast"]
     if config.model.name != "tiny":
         model["name"] = model_fingerprint(config.model.name, config.model.revision)
         del model["tiny"], model["revision"]
@@ -213,7 +215,9 @@ def entry_modules(stage: str, config: Config) -> list[str]:
     """The modules whose code, and that of what they import, computes the stage."""
     ppo = "marlhf.variants" if is_variant(config) else "marlhf.ppo"
     trainers = {"ppo": ppo, "eval": "marlhf.repeated"}
-    return [trainers.get(stage, "marlhf.supervised"), f"marlhf.tasks.{config.data.task}"]
+    precision = ["marlhf.placement"] if config.model.autocast else []
+    trainer = trainers.get(stage, "marlhf.supervised")
+    return [trainer, f"marlhf.tasks.{config.data.task}", *precision]
 
 
 def arm_name(config: Config) -> str:

@@ -25,6 +25,7 @@ from marlhf.models import (
     sequence_scores,
     token_logprobs,
 )
+from marlhf.placement import place, running, sharding, whole_state
 from marlhf.rewards import RewardModel, TrueScore
 from marlhf.roles import save_adapter
 from marlhf.runs import Run
@@ -129,11 +130,12 @@ def mean_loss(objective: Objective, rows: Sequence[Row], collate, batch: int) ->
     total, count = 0.0, 0
     training, device = objective.training, objective.model.device
     objective.eval()
-    for part in batches(rows, batch):
-        inputs = collate(part)
-        del inputs["rows"]
-        losses = objective.losses(**{key: value.to(device) for key, value in inputs.items()})
-        total, count = total + float(losses.double().sum()), count + len(losses)
+    with running(objective.model):
+        for part in batches(rows, batch):
+            inputs = collate(part)
+            del inputs["rows"]
+            losses = objective.losses(**{key: value.to(device) for key, value in inputs.items()})
+            total, count = total + float(losses.double().sum()), count + len(losses)
     objective.train(training)
     return total / count if count else None
 
@@ -203,7 +205,8 @@ def train_sft(config: Config, data: TaskData, run: Run) -> None:
     objective = Demonstrations(load_policy(model, tokenizer, seed=config.seed))
     trainer = StageTrainer("sft", objective, encode(demonstrations), collate, config, run)
     micro, known = config.sft.micro_batch or config.sft.batch, encode(held_out)
-    before = mean_loss(objective, known, collate, micro)
+    # weights to be shared out are on the host until training begins
+    before = None if sharding() else mean_loss(objective, known, collate, micro)
     trainer.go()
     policy = objective.model
     after = mean_loss(objective, known, collate, micro)
@@ -212,7 +215,8 @@ def train_sft(config: Config, data: TaskData, run: Run) -> None:
     true = truth(held_out, texts, columns) if truth else None
     best = [truth.task.best_score(e) for e in held_out] if truth else None
     _log_samples(run, held_out, texts, columns, true_score=true)
-    run.save_model(lambda folder: save_model(policy, tokenizer, folder))
+    state = whole_state(policy)
+    run.save_model(lambda folder: save_model(policy, tokenizer, folder, state))
     run.finish(
         {
             "rows": len(demonstrations),
@@ -251,11 +255,11 @@ def train_rm(config: Config, data: TaskData, run: Run, sft: Path) -> None:
 
     trainer = StageTrainer("rm", objective, encode(pairs), collate, config, run)
     held_out = encode(data.valid_pairs)
-    before = _accuracy(scorer, held_out)
+    before = None if sharding() else _accuracy(scorer, held_out)
     trainer.go()
     after = _accuracy(scorer, held_out)
 
-    policy = load_policy(config.model, tokenizer, source).to(objective.model.device)
+    policy = place(load_policy(config.model, tokenizer, source), trainer.accelerator)
     fixed = (data.ppo or data.valid)[: config.rm.norm_samples]
     scorer.standardise(fixed, *sample(policy, tokenizer, fixed, config, "standardise"))
     prompts, truth = data.valid[: config.eval.prompts], _truth(config)
@@ -264,8 +268,10 @@ def train_rm(config: Config, data: TaskData, run: Run, sft: Path) -> None:
     true = truth(prompts, texts, columns) if truth else None
     _log_samples(run, prompts, texts, columns, rm_score=scores, true_score=true)
 
+    state = whole_state(scorer.model)
+
     def write(folder: Path) -> None:
-        scorer.save(folder)
+        scorer.save(folder, state)
         save_adapter(objective.model, folder, source)
 
     run.save_model(write)

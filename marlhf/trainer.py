@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from marlhf import processes
 from marlhf.config import Config, TrainConfig
 from marlhf.models import reuse_memory
+from marlhf.placement import adopt, plugin_settings, precision, sharding
 from marlhf.runs import Run, TrainingError, keyed_rng
 
 WINDOW = 8  # batches within which rows are sorted by length: a tenth less padding
@@ -61,9 +62,12 @@ class Objective(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        # what a wrapper that shares weights out takes for one unit: a layer
+        self._no_split_modules = getattr(model, "_no_split_modules", None)
 
     def forward(self, num_items_in_batch=None, **batch) -> dict:
-        losses = self.losses(**batch)
+        with precision(self.model):
+            losses = self.losses(**batch)
         count = len(losses) if num_items_in_batch is None else num_items_in_batch
         return {"loss": losses.sum() / count}
 
@@ -78,9 +82,11 @@ class StageTrainer(Trainer):
         reuse_memory()
         lengths = [row.length for row in rows]
         order = data_order(lengths, settings.batch, self.total, seed, stage)
+        arguments = training_arguments(settings, self.total, seed, run.path)
+        arguments.fsdp_plugin_args = plugin_settings(config.model)
         super().__init__(
             objective,
-            training_arguments(settings, self.total, seed, run.path),
+            arguments,
             data_collator=collate,
             train_dataset=[rows[i] for i in order],
         )
@@ -92,10 +98,12 @@ class StageTrainer(Trainer):
         found = self.run.resume()
         if found is None:
             self.train()
+            adopt(self.model)
             return
         step, folder = found[0], found[1] / f"checkpoint-{found[0]}"
-        if step < self.total:
+        if step < self.total or sharding():
             self.train(resume_from_checkpoint=str(folder))
+            adopt(self.model)
         else:  # killed while it was being evaluated
             self.model.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
 

@@ -17,11 +17,9 @@ from torch import Tensor
 from marlhf import processes
 from marlhf.config import Config, MacroConfig
 from marlhf.macro import gae, macro_lengths, pool, spread
-from marlhf.models import save_model
 from marlhf.objectives import whiten
 from marlhf.parsing import Constituency, make_parser
-from marlhf.ppo import PPOTrainer
-from marlhf.roles import merged_critic
+from marlhf.ppo import PPOTrainer, train_ppo
 from marlhf.rollout import Advantages, Rollout
 from marlhf.runs import Run
 from marlhf.segment import Segmenter, from_starts, valid_index
@@ -120,6 +118,12 @@ class VariantTrainer(PPOTrainer):
             self.run.log("parses", row | {"sec_advantages": time.perf_counter() - start})
         return found
 
+    def summary(self) -> dict:
+        found = super().summary()
+        if processes.main() and self.constituency is not None:
+            found["parses"] = _parses(self.run, self.config.ppo.macro.parser)
+        return found
+
     def _with_empty_step(self, rollout: Rollout, found: Advantages) -> tuple[Tensor, Tensor]:
         ppo, macro = self.ppo, self.ppo.macro
         advantages, returns = gae_with_empty_step(
@@ -139,19 +143,7 @@ class VariantTrainer(PPOTrainer):
 
 def train_variant(config: Config, data: TaskData, run: Run, sft: Path, rm: Path | None) -> None:
     """As `ppo.train_ppo`, with `VariantTrainer`; the summary counts sentences without a parse."""
-    trainer = VariantTrainer(config, data, sft / "model", rm and rm / "model", run)
-    trainer.train()
-    actor, tokenizer = trainer.actor, trainer.tokenizer
-    run.save_model(lambda folder: save_model(actor.policy, tokenizer, folder))
-    critic = merged_critic(actor)
-    run.save_model(lambda folder: save_model(critic, tokenizer, folder), name="critic")
-    found = {}
-    if processes.main():
-        evals = run.frame("evals")
-        found = {"before": evals.iloc[0].to_dict(), "after": evals.iloc[-1].to_dict()}
-        if trainer.constituency is not None:
-            found["parses"] = _parses(run, config.ppo.macro.parser)
-    run.finish({**found, "training_seconds": trainer.seconds})
+    train_ppo(config, data, run, sft, rm, kind=VariantTrainer)
 
 
 def _parses(run: Run, parser: str) -> dict:
