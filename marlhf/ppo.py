@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from marlhf import processes
-from marlhf.config import Config
+from marlhf.config import Config, MacroConfig
 from marlhf.evaluate import Evaluator, Prompts, response_texts, summarise
 from marlhf.macro import macro_gae
 from marlhf.models import ActorCritic, pack, reuse_memory, save_model
@@ -49,7 +49,7 @@ from marlhf.roles import make_optimizer, make_roles, merged_critic
 from marlhf.rollout import Advantages, Rollout, diagnostics, whole
 from marlhf.runs import Run, TrainingError, keyed_rng
 from marlhf.sampling import Sampler, keyed_uniforms
-from marlhf.segment import check_segments, make_segmenter
+from marlhf.segment import Segmenter, check_segments, make_segmenter
 from marlhf.tasks import get_task
 from marlhf.tasks.base import TaskData
 from marlhf.text import load_tokenizer
@@ -59,6 +59,21 @@ PARTS = 4  # forward passes over a rollout, whose rows stand by length: a tenth 
 # learner's on the first pass; a larger one means that they are not the same policy.
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1.0, torch.float16: 0.3}
 MAXIMA = ("gap", "ratio_max")  # what does not add up over micro-batches
+
+
+def segmenter_by_name(macro: MacroConfig) -> Segmenter:
+    """The termination condition that settings name, among those that need nothing but tokens."""
+    settings = {name: getattr(macro, name) for name in ("n", "lengths", "repeats", "reading")}
+    return make_segmenter(macro.termination, **settings)
+
+
+def segment_generators(seed: int, rollout: Rollout) -> list[torch.Generator]:
+    """A random termination condition's chance, a generator a row."""
+    key = (seed, "segments", rollout.update)
+    return [
+        torch.Generator().manual_seed(int(keyed_rng(*key, example.id).integers(2**62)))
+        for example in rollout.examples
+    ]
 
 
 class PPOTrainer:
@@ -100,9 +115,7 @@ class PPOTrainer:
             for frozen in (self.reference, self.reward):
                 if hasattr(frozen, "model"):
                     frozen.model = place(frozen.model, self.accelerator)
-        macro = self.ppo.macro
-        settings = {name: getattr(macro, name) for name in ("n", "lengths", "repeats", "reading")}
-        self.segmenter = make_segmenter(macro.termination, **settings)
+        self.segmenter = self.make_segmenter()
         if len(data.ppo) < self.ppo.batch:
             raise ValueError(
                 f"ppo.batch={self.ppo.batch} prompts, but the PPO part of the data has "
@@ -129,6 +142,9 @@ class PPOTrainer:
     @property
     def actor(self) -> ActorCritic:
         return self.accelerator.unwrap_model(self.model)
+
+    def make_segmenter(self) -> Segmenter:
+        return segmenter_by_name(self.ppo.macro)
 
     # The four steps
 
@@ -241,13 +257,11 @@ class PPOTrainer:
     def advantages(self, rollout: Rollout) -> Advantages:
         """Macro actions, their rewards and values, GAE over them (Alg. 1), spread to tokens."""
         ppo, mask = self.ppo, rollout.mask
-        key = (self.config.seed, "segments", rollout.update)
-        generators = [
-            torch.Generator().manual_seed(int(keyed_rng(*key, e.id).integers(2**62)))
-            for e in (rollout.examples if ppo.macro.termination == "random" else [])
-        ]
+        generators = None
+        if ppo.macro.termination == "random":
+            generators = segment_generators(self.config.seed, rollout)
         segments = self.segmenter(
-            rollout.tokens, mask, ref_logprobs=rollout.ref_logprobs_1, generator=generators or None
+            rollout.tokens, mask, ref_logprobs=rollout.ref_logprobs_1, generator=generators
         )
         if self.device.type == "cpu":
             check_segments(segments, mask)

@@ -75,22 +75,13 @@ def quoted(piece: str) -> str:
 
 def _segments(config, tokenizer, rollout) -> torch.Tensor:
     """The rollout's macro actions under a config's termination, as at update 0 of training."""
-    from marlhf.parsing import Constituency, make_parser
-    from marlhf.runs import keyed_rng
-    from marlhf.segment import make_segmenter
+    from marlhf.ppo import segment_generators
+    from marlhf.variants import segmenter_of
 
-    macro = config.ppo.macro
-    if macro.termination == "parsing":
-        parser = make_parser(macro.parser, config.data.task)
-        segmenter = Constituency(tokenizer, parser, macro.cutoff)
-    else:
-        settings = {name: getattr(macro, name) for name in ("n", "lengths", "repeats", "reading")}
-        segmenter = make_segmenter(macro.termination, **settings)
-    key = (config.seed, "segments", 0)
-    generators = [
-        torch.Generator().manual_seed(int(keyed_rng(*key, example.id).integers(2**62)))
-        for example in rollout.examples
-    ]
+    segmenter, generators = (
+        segmenter_of(config, tokenizer),
+        segment_generators(config.seed, rollout),
+    )
     return segmenter(
         rollout.tokens, rollout.mask, ref_logprobs=rollout.ref_logprobs_1, generator=generators
     )

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from pathlib import Path
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 
 from marlhf import processes
-from marlhf.config import Config, MacroConfig
+from marlhf.config import Config
 from marlhf.macro import gae, macro_lengths, pool, spread
 from marlhf.objectives import whiten
 from marlhf.parsing import Constituency, make_parser
-from marlhf.ppo import PPOTrainer, train_ppo
+from marlhf.ppo import PPOTrainer, segmenter_by_name, train_ppo
 from marlhf.rollout import Advantages, Rollout
 from marlhf.runs import Run
 from marlhf.segment import Segmenter, from_starts, valid_index
@@ -78,31 +77,24 @@ def gae_with_empty_step(
     return spread(advantages, segments), spread(advantages + macro_values, segments)
 
 
+def segmenter_of(config: Config, tokenizer) -> Segmenter:
+    """The termination condition of a config, a parser's among them."""
+    macro = config.ppo.macro
+    if macro.termination != "parsing":
+        return segmenter_by_name(macro)
+    return Constituency(tokenizer, make_parser(macro.parser, config.data.task), macro.cutoff)
+
+
 class VariantTrainer(PPOTrainer):
     """`PPOTrainer` with a parser's macro actions, the last token alone, or the empty macro step."""
 
-    def __init__(
-        self,
-        config: Config,
-        data: TaskData,
-        sft: str | Path,
-        rm: str | Path | None = None,
-        run: Run | None = None,
-    ):
-        macro = config.ppo.macro
-        parses = macro.termination == "parsing"
-        known = copy.deepcopy(config)
-        if parses:  # the parent makes its segmenter from settings alone
-            known.ppo.macro = MacroConfig(termination="token")
-        super().__init__(known, data, sft, rm, run)
-        self.config, self.ppo = config, config.ppo
-        self.constituency = None
-        if parses:
-            parser = make_parser(macro.parser, config.data.task)
-            self.segmenter = Constituency(self.tokenizer, parser, macro.cutoff)
-            self.constituency = self.segmenter
-        if macro.last_alone:
-            self.segmenter = LastAlone(self.segmenter)
+    constituency: Constituency | None = None
+
+    def make_segmenter(self) -> Segmenter:
+        segmenter = segmenter_of(self.config, self.tokenizer)
+        if isinstance(segmenter, Constituency):
+            self.constituency = segmenter
+        return LastAlone(segmenter) if self.ppo.macro.last_alone else segmenter
 
     def advantages(self, rollout: Rollout) -> Advantages:
         counted, start = self.constituency, time.perf_counter()
