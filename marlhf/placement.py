@@ -35,9 +35,19 @@ def sharding() -> bool:
 
 
 def set_precision(model: nn.Module, config: ModelConfig) -> None:
-    """Notes model.autocast on a model: what `precision` reads there."""
-    if config.autocast is not None:
-        model.marlhf_autocast = getattr(torch, config.autocast)
+    """Notes model.autocast on a model: what `precision` reads there.
+
+    What the layers hand on is in that precision too, as it is where shares are fetched in it: a
+    cache of keys and values wants both of one dtype.
+    """
+    if config.autocast is None:
+        return
+    dtype = model.marlhf_autocast = getattr(torch, config.autocast)
+
+    def cast(_, __, embedded):
+        return embedded.to(dtype) if torch.is_autocast_enabled(embedded.device.type) else embedded
+
+    model.get_input_embeddings().register_forward_hook(cast)
 
 
 def working_dtype(model: nn.Module) -> torch.dtype:
@@ -48,14 +58,12 @@ def working_dtype(model: nn.Module) -> torch.dtype:
 
 @contextlib.contextmanager
 def precision(model: nn.Module) -> Iterator[None]:
-    """Within, products are in the model's own precision, and sums, norms and what is summed up
-    from them in float32 (torch.autocast)."""
+    """Within, the model's products are in its own precision (torch.autocast)."""
     dtype = getattr(model, "marlhf_autocast", None)
     if dtype is None:
         yield
         return
-    device = next(model.parameters()).device.type
-    with torch.autocast(device, dtype=dtype):
+    with torch.autocast(model.device.type, dtype=dtype):
         yield
 
 
