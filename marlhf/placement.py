@@ -175,4 +175,8 @@ def whole_state(model: nn.Module) -> dict[str, torch.Tensor] | None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(model, options=options)
+    state = get_model_state_dict(model, options=options)
+    # shared weights come once under each of their names; a checkpoint holds the first alone
+    for name in getattr(model, "all_tied_weights_keys", {}):
+        state.pop(name, None)
+    return state
