@@ -126,6 +126,9 @@ class RMConfig(TrainConfig):
 class SamplingConfig:
     temperature: float = option(0.8, "softmax(logits / temperature)", above=0)
     top_k: int | None = option(None, "sample among the k likeliest tokens; null: all", least=1)
+    rows: int | None = option(
+        None, "prompts sampled at once by a process; null: all of them", least=1
+    )
 
 
 @dataclass

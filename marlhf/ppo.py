@@ -157,7 +157,9 @@ class PPOTrainer:
         )
         ids, mask = ids.to(self.device), mask.to(self.device)
         sampling = self.ppo.sampling
-        sampler = Sampler(self.actor.policy, self.tokenizer, sampling.temperature, sampling.top_k)
+        sampler = Sampler(
+            self.actor.policy, self.tokenizer, sampling.temperature, sampling.top_k, sampling.rows
+        )
         sample = sampler(ids, mask, uniforms)
         order = (mask.sum(1) + sample.mask.sum(1)).argsort(stable=True)
         sample, examples = sample[order], [examples[i] for i in order.tolist()]

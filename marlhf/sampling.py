@@ -31,6 +31,12 @@ class Sample:
         parts = (getattr(self, field.name) for field in fields(self))
         return Sample(*(None if part is None else part[index] for part in parts))
 
+    @staticmethod
+    def cat(samples: list["Sample"]) -> "Sample":
+        """The rows of several samples of one length, one below the other."""
+        columns = ([getattr(sample, field.name) for sample in samples] for field in fields(Sample))
+        return Sample(*(None if parts[0] is None else torch.cat(parts) for parts in columns))
+
 
 def keyed_uniforms(seed: int, stream: str, update: int, prompts: list[str], length: int):
     """Uniform numbers in [0, 1), ``[B, length]``; row i is keyed by its own prompt alone."""
@@ -79,21 +85,41 @@ class Sampler:
     """Samples responses from a causal LM. A serving engine can stand behind the same call.
 
     ``sampler(ids [B, P], mask [B, P], uniforms [B, T]) -> Sample``
+
+    With ``rows`` set, more prompts than that are sampled in chunks of as many, sorted by length:
+    only one chunk's keys and values live at a time, and it ends when its own rows have ended. The
+    tokens are the same; log-probabilities differ by rounding.
     """
 
-    def __init__(self, model, tokenizer, temperature: float, top_k: int | None = None):
+    def __init__(
+        self, model, tokenizer, temperature: float, top_k: int | None = None,
+        rows: int | None = None,
+    ):  # fmt: skip
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must not be negative")
+        if rows is not None and rows < 1:
+            raise ValueError(f"rows={rows} must be at least 1")
         self.model = model
         self.pad = tokenizer.pad_token_id
         self.eos = tokenizer.eos_token_id
         self.temperature = temperature
         self.top_k = top_k
+        self.rows = rows
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor) -> Sample:
         with running(self.model):
-            return self._sample(ids, mask, uniforms)
+            if self.rows is None or len(ids) <= self.rows:
+                return self._sample(ids, mask, uniforms)
+            lengths = mask.sum(1)
+            # the longest first: what does not fit in memory fails at once
+            order = lengths.argsort(stable=True, descending=True)
+            parts = []
+            for index in order.split(self.rows):
+                width = int(lengths[index[0]])
+                numbers = uniforms[index.to(uniforms.device)]
+                parts.append(self._sample(ids[index, -width:], mask[index, -width:], numbers))
+            return Sample.cat(parts)[order.argsort()]
 
     def _sample(self, ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor) -> Sample:
         from transformers import StaticCache

@@ -187,9 +187,12 @@ def _sections(stage: str, config: Config) -> dict[str, Any]:
     if config.model.name != "tiny":
         model["name"] = model_fingerprint(config.model.name, config.model.revision)
         del model["tiny"], model["revision"]
+    sampling = tree["ppo"]["sampling"]
+    if stage != "ppo" or sampling["rows"] is None:  # the others sample eval.batch at once
+        del sampling["rows"]
     kept = {"data": data, "model": model}
     if stage == "eval":
-        sampling, repeat = tree["ppo"]["sampling"], tree["repeat"]
+        repeat = tree["repeat"]
         repeat["temperatures"] = repeat["temperatures"] or [sampling["temperature"]]
         repeat["prompts"] = repeat["prompts"] or tree["eval"]["prompts"]
         kept |= {"repeat": repeat, "top_k": sampling["top_k"], "batch": tree["eval"]["batch"]}
@@ -206,7 +209,7 @@ def _sections(stage: str, config: Config) -> dict[str, Any]:
         return kept
     del tree[stage]["checkpoint_every"]
     # Both sample from the SFT model: for its true score, and to standardise the reward model.
-    kept |= {stage: tree[stage], "sampling": tree["ppo"]["sampling"]}
+    kept |= {stage: tree[stage], "sampling": sampling}
     kept["eval"] = {key: tree["eval"][key] for key in ("prompts", "batch")}
     return kept
 

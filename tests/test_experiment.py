@@ -55,6 +55,7 @@ def hashes(*overrides, **given):
         ("ppo.macro.n=3", "ppo"),
         ("ppo.macro.cutoff=3", ""),  # without a parser nothing reads it
         ("ppo.macro.last_alone=true", "ppo"),
+        ("ppo.sampling.rows=8", "ppo"),
         ("eval.every=2", "ppo"),
         ("rm.lr=1e-4", "rm ppo"),
         ("rm.norm_samples=8", "rm ppo"),
@@ -69,6 +70,13 @@ def hashes(*overrides, **given):
 def test_a_setting_changes_the_stages_that_read_it(light, override, changed):
     before, after = hashes(), hashes(override)
     assert {stage for stage in before if before[stage] != after[stage]} == set(changed.split())
+
+
+def test_sampling_in_chunks_is_no_setting_where_it_is_off(light):
+    ppo = stage_spec("ppo", load_config("tldr-smoke"))
+    for spec in (ppo, *ppo.parents.values(), stages.eval_spec(ppo)):
+        assert "rows" not in json.dumps(spec.identity["config"])
+    assert ppo.identity["config"]["ppo"]["sampling"] == {"temperature": 0.8, "top_k": None}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sampling: draws follow the distribution, which is the learner's, whatever batch and padding."""
 
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 import transformers
 from scipy import stats
 from tinymodels import CONFIGS, PROMPTS, TOLERANCE, make
+from transformers.cache_utils import StaticLayer
 
 from marlhf.models import gather_logprobs, load_policy, pack, response_logits
 from marlhf.sampling import Sampler, draw, keyed_uniforms
@@ -88,6 +90,8 @@ def test_temperature_zero_is_greedy():
 def test_negative_temperature_is_an_error():
     with pytest.raises(ValueError, match="temperature=-1"):
         Sampler(None, TOKENS, -1)
+    with pytest.raises(ValueError, match="rows=0"):
+        Sampler(None, TOKENS, 1, rows=0)
 
 
 def test_keyed_uniforms_depend_on_key_and_prompt_alone():
@@ -131,6 +135,58 @@ def test_batch_and_padding_change_no_sample(arch):
         assert torch.equal(some.tokens, whole.tokens[which])
         assert torch.equal(some.finished, whole.finished[which])
         torch.testing.assert_close(some.logprobs, whole.logprobs[which], atol=TOLERANCE, rtol=1e-4)
+
+
+@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_chunks_change_no_sample(arch, rows):
+    """Five prompts, neither sorted nor a multiple of the rows: the same tokens, the same order."""
+    model = make(arch)
+    prompts = [*PROMPTS, PROMPTS[0][:2], PROMPTS[2][:3] + [7]]
+    ids, mask = left_pad(prompts, 0)
+    whole = Sampler(model, TOKENS, 1.0, 20)(ids, mask, uniforms(5))
+    widths, forward = [], model.forward
+    model.forward = lambda **kw: widths.append(kw["input_ids"].shape) or forward(**kw)
+    some = Sampler(model, TOKENS, 1.0, 20, rows=rows)(ids, mask, uniforms(5))
+    assert torch.equal(some.tokens, whole.tokens)
+    assert torch.equal(some.mask, whole.mask)
+    assert torch.equal(some.finished, whole.finished)
+    assert torch.equal(some.kept[whole.mask], whole.kept[whole.mask])
+    torch.testing.assert_close(some.logprobs, whole.logprobs, atol=TOLERANCE, rtol=1e-4)
+    torch.testing.assert_close(some.full_logprobs, whole.full_logprobs, atol=TOLERANCE, rtol=1e-4)
+    lengths = sorted(map(len, prompts), reverse=True)
+    want = [(len(lengths[i : i + rows]), lengths[i]) for i in range(0, 5, rows)]
+    assert [tuple(shape) for shape in widths if shape[1] > 1] == want
+
+
+def test_a_chunk_ends_when_its_own_rows_have_ended():
+    model = make("llama")
+    with torch.no_grad():
+        model.lm_head.weight[1] += 1.2 * model.lm_head.weight[2:].std()
+    ids, mask = left_pad([PROMPTS[i % 3] + [i] for i in range(2, 40)], 0)
+    steps, forward = [], model.forward
+    model.forward = lambda **kw: steps.append(len(kw["input_ids"])) or forward(**kw)
+    whole = Sampler(model, TOKENS, 1.0)(ids, mask, uniforms(38, 20))
+    assert sum(steps) == 38 * 20
+    steps.clear()
+    some = Sampler(model, TOKENS, 1.0, rows=1)(ids, mask, uniforms(38, 20))
+    assert torch.equal(some.tokens, whole.tokens)
+    assert steps == [1] * int(whole.mask.sum())
+
+
+def test_only_one_chunks_keys_and_values_live(monkeypatch):
+    made, alive = weakref.WeakSet(), []
+    init = StaticLayer.__init__
+
+    def noted(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        made.add(self)
+        alive.append(len(made))
+
+    monkeypatch.setattr(StaticLayer, "__init__", noted)
+    ids, mask = left_pad(PROMPTS, 0)
+    Sampler(make("llama"), TOKENS, 1.0, rows=1)(ids, mask, uniforms(3))
+    assert alive == [1, 2] * 3  # two layers
 
 
 @pytest.mark.parametrize("arch", CONFIGS)
