@@ -12,6 +12,7 @@ from scipy import stats
 from tinymodels import CONFIGS, PROMPTS, TOLERANCE, make
 from transformers.cache_utils import StaticLayer
 
+from marlhf.config import ModelConfig
 from marlhf.models import gather_logprobs, load_policy, pack, response_logits
 from marlhf.sampling import Sampler, draw, keyed_uniforms
 from marlhf.text import Prompt, decode, encode_prompt, left_pad, load_tokenizer
@@ -234,10 +235,7 @@ def test_sampling_leaves_the_model_as_it_was():
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the stories model is not on this machine")
 def test_a_real_model_tells_the_story_that_generate_tells():
     tokenizer = load_tokenizer(STORIES)
-    config = SimpleNamespace(
-        name=str(STORIES), revision=None, dtype="float32", attention="sdpa",
-        trust_remote_code=False, gradient_checkpointing=False, lora=SimpleNamespace(rank=0),
-    )  # fmt: skip
+    config = ModelConfig(name=str(STORIES))
     model = load_policy(config, tokenizer).eval()
     starts = ["Once upon a time, there was a", "The cat", "One day, Lily and her mom went to"]
     prompts = [encode_prompt(Prompt("", text, ""), tokenizer, 64) for text in starts]
