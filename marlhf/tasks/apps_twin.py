@@ -17,6 +17,8 @@ import json
 from dataclasses import dataclass, replace
 from random import Random
 
+from marlhf.tasks.shared_twin import pick
+
 LEVELS = ("introductory", "interview", "competition")
 FORMS = ("lines", "row", "call")
 TESTS, TRIES = 3, 12
@@ -109,16 +111,12 @@ class Problem:
 # ---------------------------------------------------------------- problems
 
 
-def _pick(rng: Random, values):
-    return values[int(rng.random() * len(values))]
-
-
 def _between(rng: Random, low: int, high: int) -> int:
     return low + int(rng.random() * (high - low + 1))
 
 
 def _condition(rng: Random) -> Part:
-    kind = _pick(rng, tuple(CONDITIONS))
+    kind = pick(rng, tuple(CONDITIONS))
     if kind in ("multiple", "part", "rest"):
         k = _between(rng, 3, 9)
         return Part(kind, k, _between(rng, 1, k - 1))
@@ -126,21 +124,21 @@ def _condition(rng: Random) -> Part:
 
 
 def _part(rng: Random, kinds: tuple[str, ...]) -> Part:
-    return Part(_pick(rng, kinds), _between(rng, 2, 9))
+    return Part(pick(rng, kinds), _between(rng, 2, 9))
 
 
 def draw(rng: Random) -> Problem:
     """A problem, its level first."""
-    level, form = _pick(rng, LEVELS), _pick(rng, FORMS)
+    level, form = pick(rng, LEVELS), pick(rng, FORMS)
     terms, finals, nothing = tuple(TERMS), tuple(FINALS)[1:], Part("none")
     if level == "introductory" and rng.random() < 0.5:
-        conditions, term, gather = (), _part(rng, terms[1:]), _pick(rng, ("sum", "largest"))
+        conditions, term, gather = (), _part(rng, terms[1:]), pick(rng, ("sum", "largest"))
     elif level == "introductory":
         conditions, term = (_condition(rng),), Part("itself")
-        gather = _pick(rng, tuple(GATHERS))
+        gather = pick(rng, tuple(GATHERS))
     elif level == "interview":
         conditions, term = (_condition(rng),), _part(rng, terms[1:])
-        gather = _pick(rng, ("sum", "largest", "smallest"))
+        gather = pick(rng, ("sum", "largest", "smallest"))
     else:
         conditions, term = (_condition(rng), _condition(rng)), _part(rng, terms)
         gather = "sum"
@@ -176,7 +174,7 @@ def describe(rng: Random, problem: Problem) -> str:
     """The question in words."""
 
     def word(table: dict, part: Part) -> str:
-        return part.fill(_pick(rng, table[part.kind][:2]))
+        return part.fill(pick(rng, table[part.kind][:2]))
 
     which = " or " if problem.either else " and "
     rule = which.join(word(CONDITIONS, c) for c in problem.conditions)
@@ -187,8 +185,8 @@ def describe(rng: Random, problem: Problem) -> str:
     else:
         says = f"Look at each x that is {rule}. "
     verb = "Return " if problem.form == "call" else "Print "
-    result = _pick(rng, GATHERS[problem.gather][:2]) + word(FINALS, problem.final)
-    return f"{_pick(rng, SHOWN[problem.form])} {says}{verb}{result}."
+    result = pick(rng, GATHERS[problem.gather][:2]) + word(FINALS, problem.final)
+    return f"{pick(rng, SHOWN[problem.form])} {says}{verb}{result}."
 
 
 def write(problem: Problem, slip: str = "") -> str:
@@ -236,7 +234,7 @@ def _misread(rng: Random, part: Part) -> Part:
     if rng.random() < NOISE["kind"]:
         return replace(part, kind=MISREAD[part.kind])
     if rng.random() < NOISE["number"]:
-        return replace(part, k=part.k + _pick(rng, (-1, 1)))
+        return replace(part, k=part.k + pick(rng, (-1, 1)))
     return part
 
 
@@ -265,7 +263,7 @@ def misread(rng: Random, problem: Problem) -> Problem:
 
 def demonstrate(rng: Random, problem: Problem) -> str:
     """A program as someone who errs writes it."""
-    slip = _pick(rng, SLIPS) if rng.random() < NOISE["slip"] else ""
+    slip = pick(rng, SLIPS) if rng.random() < NOISE["slip"] else ""
     return write(misread(rng, problem), slip)
 
 
@@ -281,7 +279,7 @@ def _numbers(rng: Random, problem: Problem) -> list[int]:
     ]
     edges = [edge for edge in edges if 0 <= edge <= LARGEST]
     return [
-        _pick(rng, edges) if edges and rng.random() < 0.5 else _between(rng, 0, LARGEST)
+        pick(rng, edges) if edges and rng.random() < 0.5 else _between(rng, 0, LARGEST)
         for _ in range(_between(rng, 5, 7))
     ]
 

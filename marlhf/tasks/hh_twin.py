@@ -26,7 +26,17 @@ from functools import lru_cache
 from random import Random
 from typing import NamedTuple
 
-from marlhf.tasks.shared_twin import join, pattern, pick, pick_other, prefers_first, spoil
+from marlhf.tasks.shared_twin import (
+    Grammar,
+    closed,
+    join,
+    pick,
+    pick_other,
+    prefers_first,
+    shorten,
+    spoil,
+    with_leads,
+)
 
 PAIRS_PER_PROMPT = 2
 ASKED = 5  # errands that a person asks for
@@ -153,23 +163,17 @@ class Verdict:
         )
 
 
-_GRAMMAR = [
-    *((f"{kind}_{i}", text) for kind, e in ERRANDS.items() for i, text in enumerate(e.reports)),
-    *((f"invented_{i}", text) for i, text in enumerate(INVENTED)),
-    *((f"offer_{i}", text) for i, text in enumerate(OFFERS)),
-    *((f"rude_{i}", text) for i, text in enumerate(RUDE)),
-    *((f"opener_{i}", text) for i, text in enumerate(OPENERS)),
-    *((f"closer_{i}", text) for i, text in enumerate(CLOSERS)),
-    *((f"filler_{i}", text) for i, text in enumerate(FILLERS)),
-]
-_PARTS = re.compile(
-    "|".join(
-        [
-            *(pattern(text, group) for group, text in _GRAMMAR),
-            r"(?P<joint> and(?![a-z0-9])|[,.])",
-            r"(?P<garbled>\s*[^\s,.]+|\s+)",
-        ]
-    )
+_GRAMMAR = Grammar(
+    {
+        **{kind: errand.reports for kind, errand in ERRANDS.items()},
+        "invented": INVENTED,
+        "offer": OFFERS,
+        "rude": RUDE,
+        "opener": OPENERS,
+        "closer": CLOSERS,
+        "filler": FILLERS,
+    },
+    lead="filler",
 )
 
 
@@ -180,23 +184,12 @@ def judge(facts: Facts, response: str, finished: bool = True) -> Verdict:
     the end. The first report of an errand counts, each further one is a repetition, so hedging does
     not pay.
     """
-    verdict, seen, joint, closed = Verdict(), set(), "start", False
-    for match in _PARTS.finditer(response):
-        kind = match.lastgroup.partition("_")[0]
-        if kind == "garbled":
-            verdict.garbled += 1
-            joint = ""
-            continue
-        if kind == "joint":
-            verdict.garbled += joint != ""  # a joint after a joint, or at the start
-            joint = match[0]
-            continue
-        verdict.garbled += joint == ""  # no joint between two clauses
-        verdict.fillers += closed  # a close that was none
-        closed = kind == "closer"
-        if kind == "opener" and match.start() == 0:
+    parts, garbled, ends = _GRAMMAR.read(response)
+    verdict, seen = Verdict(garbled=garbled, unfinished=int(not finished or not ends)), set()
+    for number, (kind, values, start) in enumerate(parts, 1):
+        if (kind == "opener" and start == 0) or (kind == "closer" and number == len(parts)):
             verdict.polite += 1
-        elif kind in ("opener", "filler"):
+        elif kind in ("opener", "closer", "filler"):
             verdict.fillers += 1
         elif kind == "offer":
             verdict.extras += 1
@@ -204,16 +197,12 @@ def judge(facts: Facts, response: str, finished: bool = True) -> Verdict:
             verdict.invented += 1
         elif kind == "rude":
             verdict.rude += 1
-        elif not closed:
-            _count_report(verdict, facts, seen, kind, match)
-        joint = "filler" if kind == "filler" else ""
-    verdict.polite += closed
-    verdict.unfinished = int(not finished or joint != "." or not response.endswith("."))
+        else:
+            _count_report(verdict, facts, seen, kind, *values)
     return verdict
 
 
-def _count_report(verdict: Verdict, facts: Facts, seen: set[str], kind: str, match) -> None:
-    value = match[match.re.groupindex[match.lastgroup] + 1]  # its group follows the clause's own
+def _count_report(verdict: Verdict, facts: Facts, seen: set[str], kind: str, value: str) -> None:
     if kind in seen:
         verdict.repeated += 1
     elif kind not in facts.asked:
@@ -225,21 +214,20 @@ def _count_report(verdict: Verdict, facts: Facts, seen: set[str], kind: str, mat
     seen.add(kind)
 
 
-def _closed(text: str, kind: str, group: str) -> str:
-    """A sentence of the dialogue as a regular expression: only a kind's own values."""
-    before, after = map(re.escape, text.split("{x}"))
-    return rf"\b{before}(?P<{group}>{'|'.join(ERRANDS[kind].values)}){after}\b"
+def _whole(text: str, kind: str, group: str) -> str:
+    """A sentence of the dialogue as a regular expression: whole words, only a kind's own values."""
+    return rf"\b{closed(text, {'x': ERRANDS[kind].values}, group)}\b"
 
 
 def _reader(sentence) -> re.Pattern:
     return re.compile("|".join(sentence(kind, errand) for kind, errand in ERRANDS.items()))
 
 
-_REQUEST = _reader(lambda kind, errand: _closed(errand.request, kind, kind))
+_REQUEST = _reader(lambda kind, errand: _whole(errand.request, kind, kind))
 _CORRECTION = _reader(
     lambda kind, errand: (
-        _closed(errand.request, kind, f"{kind}_new")
-        + f", not {_closed(errand.thing, kind, f'{kind}_old')}"
+        _whole(errand.request, kind, f"{kind}_new")
+        + f", not {_whole(errand.thing, kind, f'{kind}_old')}"
     )
 )
 _TURN = re.compile(r"\n\nHuman: (.*?)(?=\n\nAssistant:)")
@@ -357,9 +345,8 @@ def write_reply(rng: Random, facts: Facts, noise: Noise) -> tuple[str, bool]:
     for rate, texts in ((noise.stray, INVENTED), (noise.stray, OFFERS), (noise.rude, RUDE)):
         if chance() < rate:
             clauses.insert(int(chance() * len(clauses)) + 1, pick(rng, texts))
-    clauses = [f"{pick(rng, FILLERS)} {c}" if chance() < noise.filler else c for c in clauses]
-    while sum(clause.count(" ") + 1 for clause in clauses) > LONGEST:
-        clauses.pop(int(chance() * len(clauses)))
+    clauses = with_leads(rng, clauses, FILLERS, noise.filler)
+    shorten(rng, clauses, LONGEST)
     text = join(rng, clauses)
     if chance() >= noise.bare:
         text = f" {pick(rng, OPENERS)}," + text

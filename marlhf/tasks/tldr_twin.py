@@ -22,7 +22,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
-from marlhf.tasks.shared_twin import join, pattern, pick, pick_other, prefers_first, spoil
+from marlhf.tasks.shared_twin import (
+    Grammar,
+    closed,
+    join,
+    pick,
+    pick_other,
+    prefers_first,
+    shorten,
+    spoil,
+    with_leads,
+)
 
 PAIRS_PER_POST = 2
 TAKES_DECOY = 0.4  # share of the wrong values that are the decoy's, where it has one
@@ -124,20 +134,14 @@ class Verdict:
         )
 
 
-_GRAMMAR = [
-    *((f"{name}_{i}", text) for name, texts in CLAUSES.items() for i, text in enumerate(texts)),
-    ("decoy_0", "{name} lost the {item}"),
-    *((f"distractor_{i}", text) for i, text in enumerate(DISTRACTORS.values())),
-    *((f"filler_{i}", text) for i, text in enumerate(FILLERS)),
-]
-_PARTS = re.compile(
-    "|".join(
-        [
-            *(pattern(text, group) for group, text in _GRAMMAR),
-            r"(?P<joint> and(?![a-z0-9])|[,.])",
-            r"(?P<garbled>\s*[^\s,.]+|\s+)",
-        ]
-    )
+_GRAMMAR = Grammar(
+    {
+        **CLAUSES,
+        "decoy": ("{name} lost the {item}",),
+        "distractor": tuple(DISTRACTORS.values()),
+        "filler": FILLERS,
+    },
+    lead="filler",
 )
 
 
@@ -147,58 +151,34 @@ def judge(facts: Facts, response: str, finished: bool = True) -> Verdict:
     A summary is clauses with one connector between them and a full stop at the end. The first
     statement of a slot counts, each further one is a repetition, so hedging does not pay.
     """
-    verdict, seen, joint = Verdict(), set(), "start"
-    for match in _PARTS.finditer(response):
-        kind = match.lastgroup.partition("_")[0]
-        if kind == "garbled":
-            verdict.garbled += 1
-            joint = ""
-            continue
-        if kind == "joint":
-            verdict.garbled += joint != ""  # a joint after a joint, or at the start
-            joint = match[0]
-            continue
-        verdict.garbled += joint == ""  # no joint between two clauses
+    parts, garbled, ends = _GRAMMAR.read(response)
+    verdict, seen = Verdict(garbled=garbled, unfinished=int(not finished or not ends)), set()
+    for kind, values, _ in parts:
         if kind == "filler":
             verdict.fillers += 1
-            joint = "filler"
-            continue
-        joint = ""
-        if kind in ("decoy", "distractor"):
+        elif kind in ("decoy", "distractor"):
             verdict.distractors += 1
-            continue
-        slots = SLOTS_OF[kind]
-        first = match.re.groupindex[match.lastgroup]  # its values' groups follow the clause's own
-        for slot, value in zip(slots, match.groups()[first : first + len(slots)], strict=True):
-            if slot in seen:
-                verdict.repeated += 1
-            elif facts.values[slot] == value:
-                verdict.right += 1
-            else:
-                verdict.wrong += 1
-            seen.add(slot)
-    verdict.unfinished = int(not finished or joint != "." or not response.endswith("."))
+        else:
+            for slot, value in zip(SLOTS_OF[kind], values, strict=True):
+                if slot in seen:
+                    verdict.repeated += 1
+                elif facts.values[slot] == value:
+                    verdict.right += 1
+                else:
+                    verdict.wrong += 1
+                seen.add(slot)
     return verdict
-
-
-def _closed(sentence: str, group: str) -> str:
-    """A sentence of the post as a regular expression: only a slot's own values, in named groups."""
-    pieces = re.split(r"{(\w+)}", sentence)
-    texts = [re.escape(piece) for piece in pieces]
-    for i in range(1, len(pieces), 2):
-        texts[i] = f"(?P<{group}_{pieces[i]}>{'|'.join(VALUES[pieces[i]])})"
-    return "".join(texts)
 
 
 _SENTENCE = re.compile(
     "|".join(
         [
             *(
-                _closed(text, f"{clause}{i}")
+                closed(text, VALUES, f"{clause}{i}")
                 for clause, texts in SENTENCES.items()
                 for i, text in enumerate(texts)
             ),
-            *(_closed(text, f"decoy{i}") for i, text in enumerate(DECOYS)),
+            *(closed(text, VALUES, f"decoy{i}") for i, text in enumerate(DECOYS)),
             f"(?P<distractor_>{'|'.join(re.escape(text) for text in DISTRACTORS)})",
         ]
     )
@@ -296,9 +276,8 @@ def write_summary(rng: Random, facts: Facts, noise: Noise) -> tuple[str, bool]:
     if chance() < noise.distractor:
         text = DISTRACTORS[pick(rng, facts.distractors)]
         clauses.insert(int(chance() * len(clauses)) + 1, text)
-    clauses = [f"{pick(rng, FILLERS)} {c}" if chance() < noise.filler else c for c in clauses]
-    while sum(clause.count(" ") + 1 for clause in clauses) > LONGEST:
-        clauses.pop(int(chance() * len(clauses)))
+    clauses = with_leads(rng, clauses, FILLERS, noise.filler)
+    shorten(rng, clauses, LONGEST)
     return spoil(rng, join(rng, clauses), noise.mangle, noise.cut)
 
 

@@ -24,7 +24,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
-from marlhf.tasks.shared_twin import pattern, pick, prefers_first, spoil
+from marlhf.tasks.shared_twin import (
+    Grammar,
+    closed,
+    pick,
+    pick_other,
+    prefers_first,
+    shorten,
+    spoil,
+    with_leads,
+)
 
 DATASET = "twin"  # question.dataset of the twin's rows
 END = 0  # the end token in their tokens_i.completion
@@ -137,21 +146,7 @@ class Verdict:
         )
 
 
-_GRAMMAR = [
-    *((f"{name}_{i}", text) for name, texts in STATEMENTS.items() for i, text in enumerate(texts)),
-    *((f"claim_{i}", text) for i, text in enumerate(CLAIMS)),
-    *((f"hedge_{i}", text) for i, text in enumerate(HEDGES)),
-]
-_PARTS = re.compile(
-    "|".join(
-        [
-            *(pattern(text, group) for group, text in _GRAMMAR),
-            f"(?P<citation>[{MARKS}])",
-            r"(?P<joint> and(?![a-z0-9])|[,.])",
-            rf"(?P<garbled>\s*[^\s,.{MARKS}]+|\s+)",
-        ]
-    )
-)
+_GRAMMAR = Grammar({**STATEMENTS, "claim": CLAIMS, "hedge": HEDGES}, lead="hedge", marks=MARKS)
 
 
 def judge(facts: Facts, response: str, finished: bool = True) -> Verdict:
@@ -160,63 +155,45 @@ def judge(facts: Facts, response: str, finished: bool = True) -> Verdict:
     An answer is statements with their citations, one joint between them and a full stop at the
     end. The first statement of a thing counts, each further one is a repetition.
     """
-    verdict, seen, joint = Verdict(), set(), "start"
+    parts, garbled, ends = _GRAMMAR.read(response)
+    verdict, seen = Verdict(garbled=garbled, unfinished=int(not finished or not ends)), set()
     source, cited = None, False  # of the last statement: its source's mark, whether it cites
-    for match in _PARTS.finditer(response):
-        kind = match.lastgroup.partition("_")[0]
-        if kind == "garbled":
-            verdict.garbled += 1
-            joint = ""
-        elif kind == "joint":
-            verdict.garbled += joint not in ("", "statement")  # after a joint, or at the start
-            joint = match[0]
-        elif kind == "citation":
-            if joint != "statement":
-                verdict.garbled += 1
-            elif cited:
+    for kind, values, _ in parts:
+        if kind == "citation":
+            if cited:
                 verdict.repeated += 1
             elif source is not None:
                 verdict.uncited -= 1
-                verdict.miscited += source not in (UNSUPPORTED, match[0])
+                verdict.miscited += source not in (UNSUPPORTED, *values)
             cited = True
-        elif kind == "hedge":
-            verdict.garbled += joint in ("", "statement")  # no joint before it
+            continue
+        if kind == "hedge":
             verdict.hedges += 1
-            joint = "hedge"
+            continue
+        source, cited = None, False
+        if kind == "claim":
+            verdict.claims += 1
+        elif kind not in facts.asked:
+            verdict.irrelevant += 1
+        elif kind in seen:
+            verdict.repeated += 1
         else:
-            verdict.garbled += joint in ("", "statement")
-            joint, source, cited = "statement", None, False
-            if kind == "claim":
-                verdict.claims += 1
-            elif kind not in facts.asked:
-                verdict.irrelevant += 1
-            elif kind in seen:
-                verdict.repeated += 1
-            else:
-                verdict.late += not seen and kind != facts.asked[0]
-                seen.add(kind)
-                value, mark = facts.sources[kind]
-                supported = match[match.re.groupindex[match.lastgroup] + 1] == value
-                source = mark if supported else UNSUPPORTED
-                verdict.supported += supported
-                verdict.unsupported += not supported
-                verdict.uncited += 1  # until a citation follows
-    verdict.unfinished = int(not finished or joint != "." or not response.endswith("."))
+            verdict.late += not seen and kind != facts.asked[0]
+            seen.add(kind)
+            value, mark = facts.sources[kind]
+            supported = values == [value]
+            source = mark if supported else UNSUPPORTED
+            verdict.supported += supported
+            verdict.unsupported += not supported
+            verdict.uncited += 1  # until a citation follows
     return verdict
-
-
-def _closed(quote: str, group: str) -> str:
-    """A quote as a regular expression: only a thing's own values, in a named group."""
-    before, thing, after = re.split(r"{(\w+)}", quote)
-    values = "|".join(VALUES[thing])
-    return f"{re.escape(before)}(?P<{group}>{values}){re.escape(after)}"
 
 
 _SOURCE = re.compile(
     r"(?P<rumor>rumor: )?(?:"
     + "|".join(
-        _closed(text, f"{thing}_{i}")
-        for thing, texts in QUOTES.items()
+        closed(text, VALUES, f"quote{i}")
+        for texts in QUOTES.values()
         for i, text in enumerate(texts)
     )
     + rf")(?P<mark>[{MARKS[1:]}])\."
@@ -236,7 +213,7 @@ def read_question(text: str) -> Facts | None:
         mark = found.pop("mark")
         said = rumors if found.pop("rumor", "") else sources
         ((group, value),) = found.items()
-        said[group.partition("_")[0]] = value, mark
+        said[group.partition("_")[2]] = value, mark
     return Facts(asked, sources, rumors) if sources.keys() >= set(asked) else None
 
 
@@ -282,12 +259,6 @@ WRITERS = {
 _WRITERS = tuple(noise for times, noise in WRITERS.values() for _ in range(times))
 
 
-def _other(rng: Random, values, *but):
-    while (value := pick(rng, values)) in but:
-        pass
-    return value
-
-
 def write_question(rng: Random) -> tuple[str, Facts]:
     """A question with its sources, and what they say."""
     things, rare = list(USUAL), rng.sample(RARE, len(RARE))
@@ -298,7 +269,7 @@ def write_question(rng: Random) -> tuple[str, Facts]:
     said = [(thing, pick(rng, VALUES[thing]), "") for thing in (*things, rare[0])]
     if rng.random() < RUMOR:
         thing, value, _ = pick(rng, said[:ASKED])
-        said.append((thing, _other(rng, VALUES[thing], value), "rumor: "))
+        said.append((thing, pick_other(rng, VALUES[thing], value), "rumor: "))
     rng.shuffle(said)
     texts, sources, rumors = [], {}, {}
     for mark, (thing, value, rumor) in zip(MARKS[1:], said, strict=False):
@@ -322,9 +293,8 @@ def write_answer(rng: Random, facts: Facts, noise: Noise) -> tuple[str, bool]:
     statements = [_statement(rng, facts, thing, noise) for thing in asked]
     if chance() < noise.claim:
         statements.insert(int(chance() * len(statements)) + 1, pick(rng, CLAIMS))
-    statements = [f"{pick(rng, HEDGES)} {s}" if chance() < noise.hedge else s for s in statements]
-    while sum(len(re.findall(r" \w+", " " + statement)) for statement in statements) > LONGEST:
-        statements.pop(int(chance() * len(statements)))
+    statements = with_leads(rng, statements, HEDGES, noise.hedge)
+    shorten(rng, statements, LONGEST)
     text = " " + statements[0]
     for statement in statements[1:]:
         text += f"{pick(rng, JOINTS)} {statement}"
@@ -335,7 +305,7 @@ def _statement(rng: Random, facts: Facts, thing: str, noise: Noise) -> str:
     value, mark = facts.sources[thing]
     if rng.random() < noise.wrong:
         rumor = facts.rumors.get(thing) if rng.random() < TAKES_RUMOR else None
-        value, mark = rumor or (_other(rng, VALUES[thing], value), mark)
+        value, mark = rumor or (pick_other(rng, VALUES[thing], value), mark)
     if rng.random() < noise.miscited:
         mark = MARKS[1 + int(rng.random() * (len(facts.sources) + len(facts.rumors)))]
     text = pick(rng, STATEMENTS[thing]).format(**{thing: value})
