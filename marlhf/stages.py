@@ -109,14 +109,16 @@ def _link_model(name: str, run: Run) -> None:
 
 
 def _downloaded(name: str) -> Path:
+    """A folder as it is; the hub model owner/name, or owner/name@revision, as it was downloaded."""
     source = Path(name)
     if not source.is_dir():
         from huggingface_hub import snapshot_download
 
+        repository, _, revision = name.partition("@")  # no hub name has an @
         try:
-            source = Path(snapshot_download(name))
+            source = Path(snapshot_download(repository, revision=revision or None))
         except Exception as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"no folder and no hub model {name!r}: {reason}") from error
     return source
 

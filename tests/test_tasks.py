@@ -3,10 +3,12 @@
 import json
 import math
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -194,8 +196,8 @@ def test_held_out_rows_alone_are_split_as_any_other(tmp_path):
         ),
         (
             {"prompt": "p"},
-            r"no columns of this task; wanted one of \(comparisons: info, summaries, "
-            r"choice; .*; found prompt. .* data.task=pairs",
+            "missing columns; wanted info, summaries, choice; or info, summary; or subreddit, "
+            "title, post, summary; found prompt. Rename the columns to those that the task tldr",
         ),
         ({"info": {}, "summaries": []}, "missing column choice; wanted info, summaries, choice"),
         (post_row(0, summary=" "), "summary is empty; give it text"),
@@ -206,7 +208,7 @@ def test_held_out_rows_alone_are_split_as_any_other(tmp_path):
         (comparison_row(0, summaries=[{"text": "a"}]), "summaries should be a list of two objects"),
         (comparison_row(0, summaries=[{"text": "a"}, {}]), r"summaries\[1\].text is empty"),
         (comparison_row(0, info=[]), "info should be an object"),
-        (comparison_row(0, info={"post": "p"}), "missing column subreddit, title; wanted"),
+        (comparison_row(0, info={"post": "p"}), "info: missing column subreddit, title; wanted"),
         (axis_row(0, summary="text"), "summary should be an object with text and axes"),
     ],
 )
@@ -222,7 +224,8 @@ def test_a_bad_row_is_named(tmp_path, row, message):
         ({"prompt": "p", "chosen": "c"}, "missing column rejected; wanted prompt, chosen, rej"),
         (
             {"prompt": "p", "text": "c"},
-            "missing columns; wanted prompt, chosen, rejected .*found prompt, text",
+            "missing columns; wanted prompt, chosen, rejected; or prompt, response; found prompt, "
+            "text. Rename the columns to those that the task pairs reads",
         ),
         ({"prompt": "", "response": "c"}, "prompt is empty"),
         ({"prompt": "p", "response": ""}, "response is empty"),
@@ -233,6 +236,83 @@ def test_a_bad_row_of_pairs_is_named(tmp_path, row, message):
     path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "response": "r"}, row])
     with pytest.raises(DataError, match=r"rows\.jsonl line 2: " + message):
         load(path, task="pairs")
+
+
+# A row of each kind, and the tasks that read it.
+KINDS = {
+    "posts": (post_row(0), ["tldr"]),
+    "comparisons": (comparison_row(0), ["tldr"]),
+    "axis": (axis_row(0), ["tldr"]),
+    "full-hh": (dict.fromkeys(("prompt", "response", "chosen", "rejected"), "a"), ["hh", "pairs"]),
+    "demonstrations": ({"prompt": "a", "response": "b"}, ["hh", "pairs"]),
+    "dialogues": ({"chosen": "a", "rejected": "b"}, ["hh"]),
+    "webgpt": (
+        dict.fromkeys(("question", "answer_0", "score_0", "answer_1", "score_1"), "a"),
+        ["webgpt"],
+    ),
+    "apps": (
+        dict.fromkeys(("question", "solutions", "input_output", "difficulty", "starter_code"), "a"),
+        ["apps"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_tasks_columns_are_known(tmp_path, kind):
+    row, readers = KINDS[kind]
+    path = write(tmp_path / "rows.jsonl", [row])
+    choices = " or ".join(f"data.task={name}" for name in readers)
+    mend = f"These are the columns of {' and '.join(readers)}: set {choices}"
+    for name in task_names():
+        task = get_task(name)
+        assert task.takes(row) == (name in readers)
+        if name in readers:
+            continue
+        with pytest.raises(DataError) as error:
+            load(path, task=name)
+        text = str(error.value)
+        assert text.startswith(f"{path} line 1: missing column")
+        assert text.endswith(f"; found {', '.join(row)}. {mend}")
+        assert any(", ".join(schema) in text for schema in task.schemas)
+
+
+def test_a_row_short_of_a_column_is_not_called_another_tasks(tmp_path):
+    """Of prompt, chosen, response hh and pairs both want rejected: neither is a way out."""
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "c", "response": "r"}])
+    for name in ("hh", "pairs", "webgpt"):
+        with pytest.raises(DataError, match=f"Rename the columns .* the task {name} reads"):
+            load(path, task=name)
+
+
+def write_table(path, rows):
+    frame = pd.DataFrame(rows)
+    (frame.to_csv if path.suffix == ".csv" else frame.to_parquet)(path, index=False)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_table_is_refused_with_the_way_to_jsonl(tmp_path, suffix, folder):
+    table = tmp_path / f"rows{suffix}"
+    write_table(table, [{"prompt": f"p{i}", "response": f"r{i}"} for i in range(20)])
+    source = tmp_path if folder else table
+    with pytest.raises(DataError) as error:
+        load(source, task="pairs")
+    found = re.fullmatch(
+        rf'{table}: only .jsonl files are read, no {suffix}. Make one of it: python -c "(.*)".',
+        str(error.value),
+    )
+    with pytest.raises(DataError) as error:
+        load(source, task="tldr")
+    assert "Its columns are not the task's either: missing columns; wanted info" in str(error.value)
+    assert "; found prompt, response. These are the columns of hh and pairs" in str(error.value)
+    exec(found[1], {})
+    assert len(load(tmp_path, task="pairs").ppo) == 7
+
+
+def test_a_broken_table_is_refused(tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 \xff")
+    with pytest.raises(DataError, match="rows.parquet: only .jsonl files are read, no .parquet"):
+        load(tmp_path / "rows.parquet", task="pairs")
 
 
 def test_bad_sources(tmp_path):
@@ -320,6 +400,32 @@ def test_hub_splits_of_plain_pairs(hub):
     data = load("Dahoas/full-hh-rlhf", task="pairs", valid=4)
     assert {example.prompt.body for example in data.valid} <= {f"p{i}" for i in range(20, 30)}
     assert len(data.valid) == len(data.valid_pairs) == 4 and len(data.rm) == 8
+
+
+def test_a_hub_set_of_other_columns(hub):
+    _, tables = hub
+    tables[None] = {"train": [{"prompt": f"p{i}", "completion": "c"} for i in range(9)]}
+    message = (
+        "trl-lib/tldr/train row 0: missing columns; wanted prompt, chosen, rejected; or prompt, "
+        "response.*; found prompt, completion. Rename the columns to those that the task {} reads"
+    )
+    for name in ("pairs", "hh"):  # no row of hh is dropped as no dialogue before that
+        with pytest.raises(DataError, match=message.format(name)):
+            load("trl-lib/tldr", task=name)
+
+
+def test_a_hub_set_of_several_columns_is_known_by_its_task(monkeypatch):
+    """Its configurations, read together, fail in datasets with a sentence that says nothing."""
+    import datasets
+
+    def load_dataset(name, **options):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match="An error occurred. Its columns are .* set data.task=tldr"):
+        load("openai/summarize_from_feedback", task="hh")
+    with pytest.raises(DataError, match="An error occurred. Without a network"):
+        load("openai/summarize_from_feedback")
 
 
 def test_offline_error_is_one_clear_sentence(hub):

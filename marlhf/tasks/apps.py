@@ -25,7 +25,7 @@ from typing import NamedTuple
 from marlhf.config import DataConfig
 from marlhf.sandbox import Limits, Program, Sandbox, SandboxError, Test, Verdict
 from marlhf.tasks import apps_twin
-from marlhf.tasks.base import Item, Row, Task, TaskData, need_columns, normalised, text_of
+from marlhf.tasks.base import Item, Row, Task, TaskData, normalised, text_of
 from marlhf.text import DataError, Example, Prompt
 
 COLUMNS = ("question", "solutions", "input_output", "difficulty", "starter_code")
@@ -114,6 +114,7 @@ class Apps(Task):
     name = "apps"
     hub = "codeparrot/apps"
     folders = ("all",)
+    schemas = (COLUMNS,)
 
     def __init__(self):
         self._boxes: dict[bool, Sandbox] = {}
@@ -127,7 +128,6 @@ class Apps(Task):
         return [row._replace(data={**row.data, **mark}) for row in super().rows(data)]
 
     def read(self, row: Row) -> Item | str:
-        need_columns(row, COLUMNS)
         question = text_of(row, row.data["question"], "question").strip()
         starter, solutions, tests = (
             text_of(row, row.data[column], column, empty=True)

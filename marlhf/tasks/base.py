@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from marlhf.text import DataError, Example, Pair, Prompt, jsonl_lines
 
 PARQUET = "refs/convert/parquet"  # the hub's own Parquet conversion of a set, scripts included
 PARTS = ("sft", "rm", "ppo")
+TABLES = (".parquet", ".csv")  # refused, with how to make .jsonl of them
 
 
 @dataclass
@@ -92,6 +93,14 @@ class EmptyText(DataError):
     """A row without text where text is needed."""
 
 
+class UnreadTable(DataError):
+    """A table that is no .jsonl file; columns: its columns, None where they cannot be read."""
+
+    def __init__(self, message: str, columns: list[str] | None):
+        super().__init__(message)
+        self.columns = columns
+
+
 class Task:
     """A task; subclasses set the class attributes and `read`, and `true_score` where it exists."""
 
@@ -99,13 +108,52 @@ class Task:
     hub = ""  # the hub set that source="hub" reads
     folders: Sequence[str] = ()  # its configurations, where only some are wanted
     held_out = 0.1  # the largest share of the prompts that is held out
+    # Columns of a row: all those of one of these. Other columns are left alone.
+    schemas: Sequence[Sequence[str]] = ()
 
     def twin(self, data: DataConfig) -> list[dict]:
         """Rows of the embedded twin, in the hub set's own columns."""
         raise DataError(f"the task {self.name!r} has no embedded twin: set data.source to a file")
 
+    def schema(self, columns: Collection[str]) -> Sequence[str]:
+        """The one of `schemas` by which a row of these columns is read, whether it has all of it or
+        not; () where that cannot be said."""
+        return self.schemas[0] if len(self.schemas) == 1 else ()
+
+    def takes(self, columns: Collection[str]) -> bool:
+        """Whether a row of these columns has those of a schema."""
+        wanted = self.schema(columns)
+        return bool(wanted) and all(column in columns for column in wanted)
+
+    def check_columns(self, where: str, columns: Collection[str]) -> None:
+        """Raises DataError that names the columns missing, wanted and found, and the mend."""
+        if not self.schemas or self.takes(columns):
+            return
+        wanted = self.schema(columns)
+        missing = [column for column in wanted if column not in columns]
+        if len(missing) < len(wanted):
+            fault = f"missing column {', '.join(missing)}; wanted {', '.join(wanted)}"
+        else:
+            fault = f"missing columns; wanted {self._wanted()}"
+        raise DataError(
+            f"{where}: {fault}; found {', '.join(columns) or 'none'}. {self._mend(columns)}"
+        )
+
+    def _wanted(self) -> str:
+        return "; or ".join(map(", ".join, self.schemas))
+
+    def _mend(self, columns: Collection[str]) -> str:
+        from marlhf.tasks import get_task, task_names  # here: that module imports the tasks
+
+        others = [name for name in task_names() if name != self.name]
+        if fitting := [name for name in others if get_task(name).takes(columns)]:
+            choices = " or ".join(f"data.task={name}" for name in fitting)
+            return f"These are the columns of {' and '.join(fitting)}: set {choices}"
+        return f"Rename the columns to those that the task {self.name} reads (data/README.md)"
+
     def read(self, row: Row) -> Item | str:
-        """What a row says, or the reason for which it is dropped; raises DataError."""
+        """What a row with the columns of a schema says, or the reason for which it is dropped;
+        raises DataError."""
         raise NotImplementedError
 
     def true_score(self, example: Example, response: str, finished: bool) -> float | None:
@@ -138,10 +186,19 @@ class Task:
         return {}
 
     def rows(self, data: DataConfig) -> list[Row]:
-        """The rows of the configured source; raises DataError where there are none."""
+        """The rows of the configured source; raises DataError where there are none, or where one
+        has not the columns that the task reads."""
         if data.source == "embedded":
             return [Row(f"twin row {i}", row, "") for i, row in enumerate(self.twin(data))]
-        return source_rows(data, self.hub, self.folders)
+        try:
+            rows = source_rows(data, self.hub, self.folders)
+        except UnreadTable as table:
+            if table.columns is not None:
+                self.check_columns(f"{table} Its columns are not the task's either", table.columns)
+            raise
+        for row in rows:
+            self.check_columns(row.where, row.data)
+        return rows
 
     def load(self, data: DataConfig) -> TaskData:
         """Reads the source, splits it by prompt (data.split, shuffled with data.seed).
@@ -283,12 +340,45 @@ def source_rows(data: DataConfig, hub: str = "", folders: Sequence[str] = ()) ->
 def _local_rows(path: Path) -> list[Row]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
+        for table in sorted(path.iterdir()):
+            _refuse_table(table)
         raise DataError(f"{path}: no .jsonl file in this folder")
     return [
         Row(f"{file} line {line}", row, str(row.get("split") or ""))
         for file in files
-        for line, row in jsonl_lines(file)
+        for line, row in _lines(file)
     ]
+
+
+def _lines(file: Path) -> list[tuple[int, dict]]:
+    try:
+        return jsonl_lines(file)
+    except DataError:
+        _refuse_table(file)
+        raise
+
+
+def _refuse_table(path: Path) -> None:
+    """Raises UnreadTable for a file of TABLES: its columns, and how to make .jsonl of it."""
+    if path.suffix not in TABLES:
+        return
+    columns: list[str] | None
+    try:
+        import pandas  # imported late, as datasets
+
+        table = (
+            pandas.read_csv(path, nrows=0) if path.suffix == ".csv" else pandas.read_parquet(path)
+        )
+        columns = list(table.columns)
+    except Exception:  # the errors have several bases; a broken table is refused as any other
+        columns = None
+    reader = f"pandas.read_{path.suffix[1:]}({str(path)!r})"
+    writer = f"to_json({str(path.with_suffix('.jsonl'))!r}, orient='records', lines=True)"
+    raise UnreadTable(
+        f"{path}: only .jsonl files are read, no {path.suffix}. Make one of it: "
+        f'python -c "import pandas; {reader}.{writer}".',
+        columns,
+    )
 
 
 def hub_rows(name: str, revision: str | None = None, folders: Sequence[str] = ()) -> list[Row]:
@@ -306,7 +396,8 @@ def hub_rows(name: str, revision: str | None = None, folders: Sequence[str] = ()
         except Exception as error:  # datasets raises OSError, ValueError and its own
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
-                f"cannot read the hub set {name!r} at revision {revision!r}: {reason}. Without a "
+                f"cannot read the hub set {name!r} at revision {revision!r}: {reason}. "
+                f"{_whose_hub_set(name, folders)}Without a "
                 f"network, save its rows as .jsonl and set data.source to the file or folder "
                 f"(data/README.md says how)"
             ) from error
@@ -317,6 +408,17 @@ def hub_rows(name: str, revision: str | None = None, folders: Sequence[str] = ()
                 for i, row in enumerate(table)
             ]
     return rows
+
+
+def _whose_hub_set(name: str, folders: Sequence[str]) -> str:
+    """A sentence where a set was not read by the configurations of the task whose it is: their
+    columns differ, and read together they fail."""
+    from marlhf.tasks import get_task, task_names  # here: that module imports the tasks
+
+    for task in map(get_task, task_names()):
+        if task.hub == name and tuple(task.folders) != tuple(folders):
+            return f"Its columns are those of {task.name}: set data.task={task.name}. "
+    return ""
 
 
 # ---------------------------------------------------------------- columns of a row

@@ -10,10 +10,12 @@ replies, replies that go on with further turns, and dialogues whose two prompts 
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from marlhf.config import DataConfig
 from marlhf.tasks import hh_twin
-from marlhf.tasks.base import Item, Row, need_columns, text_of
-from marlhf.tasks.pairs import Pairs
+from marlhf.tasks.base import Item, Row, text_of
+from marlhf.tasks.pairs import DEMONSTRATION, PAIR, Pairs
 from marlhf.text import DataError, Example
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -23,14 +25,18 @@ REPLIES = ("chosen", "rejected")
 class HH(Pairs):
     name = "hh"
     hub = "Dahoas/full-hh-rlhf"
+    schemas = (PAIR, DEMONSTRATION, REPLIES)
+
+    def schema(self, columns: Collection[str]) -> Sequence[str]:
+        whole = "prompt" not in columns and any(column in columns for column in REPLIES)
+        return REPLIES if whole else super().schema(columns)
 
     def twin(self, data: DataConfig) -> list[dict]:
         return hh_twin.rows(data.size, data.seed)
 
     def read(self, row: Row) -> Item | str:
         columns = row.data.keys()
-        if columns & {*REPLIES} and "prompt" not in columns:
-            need_columns(row, REPLIES)
+        if "prompt" not in columns:
             dialogues = [text_of(row, row.data[name], name) for name in REPLIES]
             if bad := [n for n, text in zip(REPLIES, dialogues, strict=True) if not _turns(text)]:
                 return _no_dialogue(row, bad[0])
@@ -39,7 +45,7 @@ class HH(Pairs):
                 return "chosen and rejected have different prompts"
             found = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
             row = row._replace(data={**row.data, **found})
-        elif "prompt" in columns:
+        else:
             prompt = text_of(row, row.data["prompt"], "prompt")
             if not _turns(prompt) or not prompt.rstrip().endswith(ASSISTANT):
                 return _no_dialogue(row, "prompt")

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection, Sequence
 
-from marlhf.tasks.base import Item, Row, Task, need_columns, normalised, text_of
+from marlhf.tasks.base import Item, Row, Task, normalised, text_of
 from marlhf.text import DataError, Prompt
 
-PAIR = ("prompt", "chosen", "rejected")
+PAIR, DEMONSTRATION = ("prompt", "chosen", "rejected"), ("prompt", "response")
 # What a prompt ends with and may not lose: the name of who answers, as in "\n\nAssistant:".
 ENDING = re.compile(r"\s*\n[^\n]{1,30}:\s*$")
 
@@ -22,16 +23,15 @@ ENDING = re.compile(r"\s*\n[^\n]{1,30}:\s*$")
 class Pairs(Task):
     name = "pairs"
     hub = "Dahoas/full-hh-rlhf"
+    schemas: Sequence[Sequence[str]] = (PAIR, DEMONSTRATION)
+
+    def schema(self, columns: Collection[str]) -> Sequence[str]:
+        if "chosen" in columns or "rejected" in columns:
+            return PAIR
+        return DEMONSTRATION if all(column in columns for column in DEMONSTRATION) else ()
 
     def read(self, row: Row) -> Item | str:
         columns = row.data.keys()
-        if columns & {"chosen", "rejected"}:
-            need_columns(row, PAIR)
-        elif "prompt" not in columns or "response" not in columns:
-            raise DataError(
-                f"{row.where}: missing columns; wanted {', '.join(PAIR)} (response is optional), "
-                f"or prompt, response; found {', '.join(columns) or 'none'}"
-            )
         prompt = text_of(row, row.data["prompt"], "prompt")
         texts = {
             name: _response(prompt, text_of(row, row.data[name], name, empty=name == "response"))

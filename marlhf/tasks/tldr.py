@@ -11,17 +11,15 @@ a posts row, else the one of policy "ref"), else the chosen one.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection, Sequence
 
 from marlhf.config import DataConfig
 from marlhf.tasks import tldr_twin
 from marlhf.tasks.base import Item, Row, Task, need_columns, normalised, text_of
 from marlhf.text import DataError, Example, Prompt
 
-COLUMNS = {
-    "comparisons": ("info", "summaries", "choice"),
-    "axis": ("info", "summary"),
-    "posts": ("subreddit", "title", "post", "summary"),
-}
+POST = ("subreddit", "title", "post")
+COMPARISONS, AXIS, POSTS = ("info", "summaries", "choice"), ("info", "summary"), (*POST, "summary")
 HUMAN, REFERENCE, CHOSEN = range(3)  # ranks of a demonstration
 
 
@@ -29,13 +27,21 @@ class Tldr(Task):
     name = "tldr"
     hub = "openai/summarize_from_feedback"
     folders = ("comparisons", "axis")
+    schemas = (COMPARISONS, AXIS, POSTS)
 
     def twin(self, data: DataConfig) -> list[dict]:
         return tldr_twin.rows(data.size, data.seed)
 
+    def schema(self, columns: Collection[str]) -> Sequence[str]:
+        if "summaries" in columns:
+            return COMPARISONS
+        if "info" in columns:
+            return AXIS
+        return POSTS if any(column in columns for column in POSTS) else ()
+
     def read(self, row: Row) -> Item | str:
-        schema = _schema(row)
-        if schema == "posts":
+        schema = self.schema(row.data)
+        if schema == POSTS:
             text = _summary(row, row.data["summary"], "summary")
             return _item(row, row.data, text, HUMAN)
         info = row.data["info"]
@@ -43,7 +49,7 @@ class Tldr(Task):
             raise DataError(f"{row.where}: info should be an object with post, title, subreddit")
         if not info.get("post") and info.get("article"):
             return "news article"  # a part of the hub set is about CNN/DM, which is not this task
-        return (_comparison if schema == "comparisons" else _axis)(row, info)
+        return (_comparison if schema == COMPARISONS else _axis)(row, info)
 
     def true_score(self, example: Example, response: str, finished: bool) -> float | None:
         facts = tldr_twin.read_post(example.prompt.body)
@@ -56,26 +62,8 @@ class Tldr(Task):
         return data.source == "embedded"
 
 
-def _schema(row: Row) -> str:
-    columns = row.data.keys()
-    if "summaries" in columns:
-        schema = "comparisons"
-    elif "info" in columns:
-        schema = "axis"
-    elif columns & {"subreddit", "title", "post", "summary"}:
-        schema = "posts"
-    else:
-        wanted = "; ".join(f"{name}: {', '.join(names)}" for name, names in COLUMNS.items())
-        raise DataError(
-            f"{row.where}: no columns of this task; wanted one of ({wanted}); found "
-            f"{', '.join(columns) or 'none'}. Rows of prompt, chosen, rejected: data.task=pairs"
-        )
-    need_columns(row, COLUMNS[schema])
-    return schema
-
-
 def _item(row: Row, info: dict, demonstration: str, rank: int, pair=None) -> Item:
-    need_columns(row._replace(data=info), ("subreddit", "title", "post"))
+    need_columns(Row(f"{row.where}: info", info), POST)
     post = text_of(row, info["post"], "post").strip()
     prompt = Prompt(
         f"SUBREDDIT: r/{text_of(row, info['subreddit'], 'subreddit', empty=True).strip()}\n"

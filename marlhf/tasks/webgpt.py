@@ -14,7 +14,7 @@ import math
 
 from marlhf.config import DataConfig
 from marlhf.tasks import webgpt_twin
-from marlhf.tasks.base import Item, Row, Task, need_columns, normalised, text_of
+from marlhf.tasks.base import Item, Row, Task, normalised, text_of
 from marlhf.text import DataError, Example, Prompt
 
 COLUMNS = ("question", "answer_0", "score_0", "answer_1", "score_1")
@@ -23,13 +23,13 @@ COLUMNS = ("question", "answer_0", "score_0", "answer_1", "score_1")
 class Webgpt(Task):
     name = "webgpt"
     hub = "openai/webgpt_comparisons"
+    schemas = (COLUMNS,)
     held_out = 0.05  # the paper's share; the set has no validation rows of its own
 
     def twin(self, data: DataConfig) -> list[dict]:
         return webgpt_twin.rows(data.size, data.seed)
 
     def read(self, row: Row) -> Item | str:
-        need_columns(row, COLUMNS)
         question, name, dataset = _question(row)
         scores = [_score(row, f"score_{i}") for i in (0, 1)]
         answers = [
