@@ -5,6 +5,8 @@ keyed by (seed, stream, update, prompt), so that a row's response depends neithe
 sampled in, nor on its place there, nor on what was sampled before.
 """
 
+import functools
+import weakref
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -25,7 +27,7 @@ class Sample:
     full_logprobs: torch.Tensor  # float32 [B, T] at the same temperature over the whole vocabulary
     kept: torch.Tensor | None  # int64 [B, T, k]: the ids that top-k kept; None without top-k
 
-    def __getitem__(self, index: torch.Tensor) -> "Sample":
+    def __getitem__(self, index: torch.Tensor | slice) -> "Sample":
         """Some of the rows, in the order of ``index``."""
         parts = (getattr(self, field.name) for field in fields(self))
         return Sample(*(None if part is None else part[index] for part in parts))
@@ -71,13 +73,111 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_k:
     )
 
 
+def _attention(config) -> str:
+    """The kernel in use; sdpa takes a boolean mask, eager adds its mask."""
+    return config.get_text_config()._attn_implementation
+
+
 def _full_attention(config) -> bool:
-    """Whether every layer attends to the whole context: then one mask serves all of them."""
+    """Whether one boolean mask serves all layers: each attends to the whole context."""
     text = config.get_text_config()
+    if _attention(config) != "sdpa":
+        return False
     kinds = getattr(text, "layer_types", None)
     if kinds:
         return all(kind == "full_attention" for kind in kinds)
     return getattr(text, "sliding_window", None) is None
+
+
+# The decoding step
+
+COMPILER = {"mode": "reduce-overhead"}  # of torch.compile: CUDA graphs, where there is a GPU
+MULTIPLE = 128  # a kept cache's length, so that few shapes are compiled
+_CACHES = weakref.WeakKeyDictionary()  # model -> (rows, length, its static cache)
+
+
+def _step(model, tokens, attend, position, cache):
+    """Logits ``[B, V]`` after one more token: tokens and position ``[B, 1]``."""
+    return model(
+        input_ids=tokens,
+        attention_mask=attend,
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+    ).logits[:, -1]
+
+
+def _masked_step(model, tokens, attend, position, cache):
+    """`_step` where every layer attends to the same of the cache's places, boolean ``[B, L]``."""
+    seen = attend[:, None, None, :]
+    if _attention(model.config) == "eager":
+        kind = cache.layers[0].keys.dtype
+        seen = torch.zeros_like(seen, dtype=kind).masked_fill(~seen, torch.finfo(kind).min)
+    return _step(model, tokens, seen, position, cache)
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(_masked_step, fullgraph=True, dynamic=False, **COMPILER)
+
+
+def _compiled_step(model, tokens, attend, position, cache):
+    """`_masked_step`, compiled once for each shape and kind of model; its result lives a step.
+
+    ValueError, with the compiler's reason, for a model whose step cannot be compiled.
+    """
+    torch.compiler.cudagraph_mark_step_begin()
+    try:
+        # 8 would be few for the shapes of rollouts and evaluations, over which it is an error
+        with torch._dynamo.config.patch(recompile_limit=64):
+            # a copy: a column's address is not aligned as the compiled code wants it
+            return _compiled()(model, tokens.clone(), attend, position, cache)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"the decoding step of {type(model).__name__} cannot be compiled: {reason}; set "
+            "ppo.sampling.compile=false"
+        ) from error
+
+
+def _kept_cache(model, rows: int, length: int):
+    """The model's static cache, emptied: made anew only for other rows or a greater length.
+
+    CUDA graphs are bound to its address, so it lives as long as the model. -> cache, its length.
+    """
+    from transformers import StaticCache
+    from transformers.cache_utils import StaticLayer
+
+    old_rows, old_length, cache = _CACHES.get(model, (0, 0, None))
+    if old_rows != rows or old_length < length:
+        _CACHES.pop(model, None)
+        cache = None  # before the new one is made
+        length = max(old_length, -(-length // MULTIPLE) * MULTIPLE)
+        text = model.config.get_text_config()
+        window = getattr(text, "sliding_window", None) or length
+        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        if _attention(model.config) not in ("sdpa", "eager"):
+            raise ValueError(
+                f"ppo.sampling.compile: not with model.attention={_attention(model.config)}; set "
+                "it to sdpa"
+            )
+        if kinds - {"full_attention", "sliding_attention"} or window < length:
+            raise ValueError(
+                f"ppo.sampling.compile: {type(model).__name__} has layers that do not attend to "
+                f"all of {length} tokens ({', '.join(sorted(kinds))}; window {window}): set it to "
+                "false"
+            )
+        cache = StaticCache(config=model.config, max_cache_len=length)
+        # a window that is never full: without it the step is the same for every token
+        cache.layers = [
+            StaticLayer(max_cache_len=length) if layer.is_sliding else layer
+            for layer in cache.layers
+        ]
+        _CACHES[model] = rows, length, cache
+    else:
+        length = old_length
+    cache.reset()
+    return cache, length
 
 
 class Sampler:
@@ -88,11 +188,14 @@ class Sampler:
     With ``rows`` set, more prompts than that are sampled in chunks of as many, sorted by length:
     only one chunk's keys and values live at a time, and it ends when its own rows have ended. The
     tokens are the same; log-probabilities differ by rounding.
+
+    With ``compile`` the decoding step is compiled, for one number of rows (``rows``, where it is
+    set: fewer prompts are filled up); the model's cache then lives as long as the model.
     """
 
     def __init__(
         self, model, tokenizer, temperature: float, top_k: int | None = None,
-        rows: int | None = None,
+        rows: int | None = None, compile: bool = False,
     ):  # fmt: skip
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must not be negative")
@@ -104,11 +207,12 @@ class Sampler:
         self.temperature = temperature
         self.top_k = top_k
         self.rows = rows
+        self.compile = compile
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor) -> Sample:
         if self.rows is None or len(ids) <= self.rows:
-            return self._sample(ids, mask, uniforms)
+            return self._chunk(ids, mask, uniforms)
         lengths = mask.sum(1)
         # the longest first: what does not fit in memory fails at once
         order = lengths.argsort(stable=True, descending=True)
@@ -116,8 +220,16 @@ class Sampler:
         for index in order.split(self.rows):
             width = int(lengths[index[0]])
             numbers = uniforms[index.to(uniforms.device)]
-            parts.append(self._sample(ids[index, -width:], mask[index, -width:], numbers))
+            parts.append(self._chunk(ids[index, -width:], mask[index, -width:], numbers))
         return Sample.cat(parts)[order.argsort()]
+
+    def _chunk(self, ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor) -> Sample:
+        missing = (self.rows or 0) - len(ids)
+        if not self.compile or missing <= 0:
+            return self._sample(ids, mask, uniforms)
+        # copies of the first row end when it ends
+        filled = (torch.cat([x, x[:1].expand(missing, -1)]) for x in (ids, mask, uniforms))
+        return self._sample(*filled)[: len(ids)]
 
     def _sample(self, ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor) -> Sample:
         from transformers import StaticCache
@@ -127,10 +239,15 @@ class Sampler:
         model.eval()
         device = ids.device
         uniforms = uniforms.to(device)
-        cache = StaticCache(config=model.config, max_cache_len=prompt + length)
-        attend = torch.zeros(rows, prompt + length, dtype=torch.bool, device=device)
+        width = prompt + length
+        if self.compile:
+            cache, width = _kept_cache(model, rows, width)
+        else:
+            cache = StaticCache(config=model.config, max_cache_len=width)
+        attend = torch.zeros(rows, width, dtype=torch.bool, device=device)
         attend[:, :prompt] = mask
         plain = _full_attention(model.config)
+        step = _compiled_step if self.compile else _step
         position = mask.long().sum(-1, keepdim=True)
 
         tokens = torch.full((rows, length), self.pad, dtype=torch.long, device=device)
@@ -168,13 +285,11 @@ class Sampler:
             if t == length - 1 or ((t + 1) % every == 0 and not alive.any()):
                 break
             attend[:, prompt + t] = True
-            logits = model(
-                input_ids=tokens[:, t : t + 1],
-                attention_mask=attend[:, None, None, :] if plain else attend[:, : prompt + t + 1],
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+            if self.compile:
+                seen = attend
+            else:
+                seen = attend[:, None, None, :] if plain else attend[:, : prompt + t + 1]
+            logits = step(model, tokens[:, t : t + 1], seen, position, cache)
             position = position + 1
         model.train(training)
         return Sample(tokens, valid, ~alive, logprobs, full, kept)

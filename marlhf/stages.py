@@ -188,12 +188,15 @@ def _sections(stage: str, config: Config) -> dict[str, Any]:
     sampling = tree["ppo"]["sampling"]
     if stage != "ppo" or sampling["rows"] is None:  # the others sample eval.batch at once
         del sampling["rows"]
+    if not sampling["compile"]:  # off is as if there were no such setting
+        del sampling["compile"]
     kept = {"data": data, "model": model}
     if stage == "eval":
         repeat = tree["repeat"]
         repeat["temperatures"] = repeat["temperatures"] or [sampling["temperature"]]
         repeat["prompts"] = repeat["prompts"] or tree["eval"]["prompts"]
-        kept |= {"repeat": repeat, "top_k": sampling["top_k"], "batch": tree["eval"]["batch"]}
+        kept |= {"repeat": repeat, "batch": tree["eval"]["batch"]}
+        kept |= {name: sampling[name] for name in ("top_k", "compile") if name in sampling}
         return kept
     if stage == "ppo":
         kept |= {"ppo": tree["ppo"], "eval": tree["eval"]}
