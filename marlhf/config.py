@@ -129,6 +129,7 @@ class SamplingConfig:
     rows: int | None = option(
         None, "prompts sampled at once by a process; null: all of them", least=1
     )
+    compile: bool = option(False, "compile the decoding step: CUDA graphs on a GPU")
 
 
 @dataclass

@@ -67,6 +67,7 @@ class Evaluator:
     top_k: int | None = None
     seed: int = 1234
     batch: int = 256
+    compile: bool = False
     number: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -76,11 +77,14 @@ class Evaluator:
 
         Each process samples its share; all of them get all rows.
         """
-        sampler = Sampler(policy, self.tokenizer, self.temperature, self.top_k)
         rows, share = [], processes.deal(range(len(self.prompts)))
         own = len(share)
         if sharding():  # all processes go through as many batches
             share = [*share, 0][: -(-len(self.prompts) // processes.world())]
+        sampler = Sampler(
+            policy, self.tokenizer, self.temperature, self.top_k,
+            max(1, min(self.batch, len(share))), self.compile,
+        )  # fmt: skip
         for start in range(0, len(share), self.batch):
             rows += self._rows(sampler, *self.prompts.batch(share[start : start + self.batch]))
         return processes.undeal(processes.gather(rows[:own]))

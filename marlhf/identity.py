@@ -27,7 +27,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "accelerate", "peft
 NOT_SOURCE = {
     *("", "__main__", "cli", "config", "runs", "identity", "stages", "pool", "experiment"),
     *("plans", "memory", "tracking", "hub"),
-    "placement",  # does nothing by default; `stages.entry_modules` adds it where it does
+    *("placement", "compiled"),  # idle by default; `stages.entry_modules` adds what is not
     *("figures", "claims", "report"),
 }
 

@@ -132,6 +132,7 @@ class PPOTrainer:
             length=config.data.response_tokens,
             temperature=self.ppo.sampling.temperature,
             top_k=self.ppo.sampling.top_k,
+            compile=self.ppo.sampling.compile,
             seed=config.data.seed,
             batch=config.eval.batch,
             device=self.device,
@@ -158,8 +159,9 @@ class PPOTrainer:
         ids, mask = ids.to(self.device), mask.to(self.device)
         sampling = self.ppo.sampling
         sampler = Sampler(
-            self.actor.policy, self.tokenizer, sampling.temperature, sampling.top_k, sampling.rows
-        )
+            self.actor.policy, self.tokenizer, sampling.temperature, sampling.top_k,
+            min(sampling.rows or len(ids), len(ids)), sampling.compile,
+        )  # fmt: skip
         sample = sampler(ids, mask, uniforms)
         order = (mask.sum(1) + sample.mask.sum(1)).argsort(stable=True)
         sample, examples = sample[order], [examples[i] for i in order.tolist()]

@@ -78,6 +78,7 @@ def sample_repeatedly(
         length=config.data.response_tokens,
         temperature=0.0,
         top_k=config.ppo.sampling.top_k,
+        compile=config.ppo.sampling.compile,
         seed=config.data.seed,
         batch=config.eval.batch,
         device=device,

@@ -26,7 +26,7 @@ class Sample:
     full_logprobs: torch.Tensor  # float32 [B, T] at the same temperature over the whole vocabulary
     kept: torch.Tensor | None  # int64 [B, T, k]: the ids that top-k kept; None without top-k
 
-    def __getitem__(self, index: torch.Tensor) -> "Sample":
+    def __getitem__(self, index: torch.Tensor | slice) -> "Sample":
         """Some of the rows, in the order of ``index``."""
         parts = (getattr(self, field.name) for field in fields(self))
         return Sample(*(None if part is None else part[index] for part in parts))
@@ -72,13 +72,31 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_k:
     )
 
 
+def attention_of(config) -> str:
+    """The kernel in use; sdpa takes a boolean mask, eager adds its mask."""
+    return config.get_text_config()._attn_implementation
+
+
 def _full_attention(config) -> bool:
-    """Whether every layer attends to the whole context: then one mask serves all of them."""
+    """Whether one boolean mask serves all layers: each attends to the whole context."""
     text = config.get_text_config()
+    if attention_of(config) != "sdpa":
+        return False
     kinds = getattr(text, "layer_types", None)
     if kinds:
         return all(kind == "full_attention" for kind in kinds)
     return getattr(text, "sliding_window", None) is None
+
+
+def decoding_step(model, tokens, attend, position, cache):
+    """Logits ``[B, V]`` after one more token: tokens and position ``[B, 1]``."""
+    return model(
+        input_ids=tokens,
+        attention_mask=attend,
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+    ).logits[:, -1]
 
 
 class Sampler:
@@ -89,11 +107,14 @@ class Sampler:
     With ``rows`` set, more prompts than that are sampled in chunks of as many, sorted by length:
     only one chunk's keys and values live at a time, and it ends when its own rows have ended. The
     tokens are the same; log-probabilities differ by rounding.
+
+    With ``compile`` the decoding step is compiled, for one number of rows (``rows``, where it is
+    set: fewer prompts are filled up); the model's cache then lives as long as the model.
     """
 
     def __init__(
         self, model, tokenizer, temperature: float, top_k: int | None = None,
-        rows: int | None = None,
+        rows: int | None = None, compile: bool = False,
     ):  # fmt: skip
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must not be negative")
@@ -105,12 +126,13 @@ class Sampler:
         self.temperature = temperature
         self.top_k = top_k
         self.rows = rows
+        self.compile = compile
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor) -> Sample:
         with running(self.model):
             if self.rows is None or len(ids) <= self.rows:
-                return self._sample(ids, mask, uniforms)
+                return self._chunk(ids, mask, uniforms)
             lengths = mask.sum(1)
             # the longest first: what does not fit in memory fails at once
             order = lengths.argsort(stable=True, descending=True)
@@ -118,8 +140,16 @@ class Sampler:
             for index in order.split(self.rows):
                 width = int(lengths[index[0]])
                 numbers = uniforms[index.to(uniforms.device)]
-                parts.append(self._sample(ids[index, -width:], mask[index, -width:], numbers))
+                parts.append(self._chunk(ids[index, -width:], mask[index, -width:], numbers))
             return Sample.cat(parts)[order.argsort()]
+
+    def _chunk(self, ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor) -> Sample:
+        missing = (self.rows or 0) - len(ids)
+        if not self.compile or missing <= 0:
+            return self._sample(ids, mask, uniforms)
+        # copies of the first row end when it ends
+        filled = (torch.cat([x, x[:1].expand(missing, -1)]) for x in (ids, mask, uniforms))
+        return self._sample(*filled)[: len(ids)]
 
     def _sample(self, ids: torch.Tensor, mask: torch.Tensor, uniforms: torch.Tensor) -> Sample:
         from transformers import StaticCache
@@ -129,10 +159,17 @@ class Sampler:
         model.eval()
         device = ids.device
         uniforms = uniforms.to(device)
-        cache = StaticCache(config=model.config, max_cache_len=prompt + length)
-        attend = torch.zeros(rows, prompt + length, dtype=torch.bool, device=device)
+        width = prompt + length
+        if self.compile:
+            from marlhf.compiled import compiled_step, kept_cache
+
+            cache, width = kept_cache(model, rows, width)
+        else:
+            cache = StaticCache(config=model.config, max_cache_len=width)
+        attend = torch.zeros(rows, width, dtype=torch.bool, device=device)
         attend[:, :prompt] = mask
         plain = _full_attention(model.config)
+        step = compiled_step if self.compile else decoding_step
         position = mask.long().sum(-1, keepdim=True)
 
         tokens = torch.full((rows, length), self.pad, dtype=torch.long, device=device)
@@ -170,13 +207,11 @@ class Sampler:
             if t == length - 1 or ((t + 1) % every == 0 and not alive.any()):
                 break
             attend[:, prompt + t] = True
-            logits = model(
-                input_ids=tokens[:, t : t + 1],
-                attention_mask=attend[:, None, None, :] if plain else attend[:, : prompt + t + 1],
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]
+            if self.compile:
+                seen = attend
+            else:
+                seen = attend[:, None, None, :] if plain else attend[:, : prompt + t + 1]
+            logits = step(model, tokens[:, t : t + 1], seen, position, cache)
             position = position + 1
         model.train(training)
         return Sample(tokens, valid, ~alive, logprobs, full, kept)

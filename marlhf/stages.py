@@ -192,12 +192,15 @@ def _sections(stage: str, config: Config) -> dict[str, Any]:
     sampling = tree["ppo"]["sampling"]
     if stage != "ppo" or sampling["rows"] is None:  # the others sample eval.batch at once
         del sampling["rows"]
+    if not sampling["compile"]:  # off is as if there were no such setting
+        del sampling["compile"]
     kept = {"data": data, "model": model}
     if stage == "eval":
         repeat = tree["repeat"]
         repeat["temperatures"] = repeat["temperatures"] or [sampling["temperature"]]
         repeat["prompts"] = repeat["prompts"] or tree["eval"]["prompts"]
-        kept |= {"repeat": repeat, "top_k": sampling["top_k"], "batch": tree["eval"]["batch"]}
+        kept |= {"repeat": repeat, "batch": tree["eval"]["batch"]}
+        kept |= {name: sampling[name] for name in ("top_k", "compile") if name in sampling}
         return kept
     if stage == "ppo":
         kept |= {"ppo": tree["ppo"], "eval": tree["eval"]}
@@ -220,9 +223,12 @@ def entry_modules(stage: str, config: Config) -> list[str]:
     """The modules whose code, and that of what they import, computes the stage."""
     ppo = "marlhf.variants" if is_variant(config) else "marlhf.ppo"
     trainers = {"ppo": ppo, "eval": "marlhf.repeated"}
-    precision = ["marlhf.placement"] if config.model.autocast else []
-    trainer = trainers.get(stage, "marlhf.supervised")
-    return [trainer, f"marlhf.tasks.{config.data.task}", *precision]
+    found = [trainers.get(stage, "marlhf.supervised"), f"marlhf.tasks.{config.data.task}"]
+    if config.model.autocast:
+        found.append("marlhf.placement")
+    if config.ppo.sampling.compile:
+        found.append("marlhf.compiled")
+    return found
 
 
 def arm_name(config: Config) -> str:

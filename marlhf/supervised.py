@@ -146,8 +146,11 @@ def sample(policy, tokenizer, examples: Sequence[Example], config: Config, strea
     The random numbers are keyed by data.seed, stream and prompt: the same in every chain.
     """
     data, sampling, device = config.data, config.ppo.sampling, policy.device
-    sampler = Sampler(policy, tokenizer, sampling.temperature, sampling.top_k)
     prompts = Prompts(examples, tokenizer, data.prompt_tokens)
+    sampler = Sampler(
+        policy, tokenizer, sampling.temperature, sampling.top_k,
+        max(1, min(config.eval.batch, len(prompts))), sampling.compile,
+    )  # fmt: skip
     texts, columns = [], {"finished": [], "length": []}
     for start in range(0, len(prompts), config.eval.batch):
         index = range(start, min(start + config.eval.batch, len(prompts)))

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def hashes(*overrides, **given):
         ("ppo.macro.cutoff=3", ""),  # without a parser nothing reads it
         ("ppo.macro.last_alone=true", "ppo"),
         ("ppo.sampling.rows=8", "ppo"),
+        ("ppo.sampling.compile=true", "sft rm ppo"),
         ("eval.every=2", "ppo"),
         ("rm.lr=1e-4", "rm ppo"),
         ("rm.norm_samples=8", "rm ppo"),
@@ -72,10 +74,12 @@ def test_a_setting_changes_the_stages_that_read_it(light, override, changed):
     assert {stage for stage in before if before[stage] != after[stage]} == set(changed.split())
 
 
-def test_sampling_in_chunks_is_no_setting_where_it_is_off(light):
+def test_chunks_and_a_compiled_step_are_no_settings_where_they_are_off(light):
     ppo = stage_spec("ppo", load_config("tldr-smoke"))
-    for spec in (ppo, *ppo.parents.values(), stages.eval_spec(ppo)):
-        assert "rows" not in json.dumps(spec.identity["config"])
+    for spec in (ppo, *ppo.parents.values(), eval_spec(ppo)):
+        assert not re.search("rows|compile", json.dumps(spec.identity["config"]))
+    config = load_config("tldr-smoke", "ppo.sampling.compile=true")
+    assert eval_spec(stage_spec("ppo", config)).identity["config"]["compile"] is True
     assert ppo.identity["config"]["ppo"]["sampling"] == {"temperature": 0.8, "top_k": None}
 
 

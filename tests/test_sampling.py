@@ -1,5 +1,7 @@
 """Sampling: draws follow the distribution, which is the learner's, whatever batch and padding."""
 
+import gc
+import shutil
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from scipy import stats
 from tinymodels import CONFIGS, PROMPTS, TOLERANCE, make
 from transformers.cache_utils import StaticLayer
 
+from marlhf import compiled
 from marlhf.config import ModelConfig
 from marlhf.models import gather_logprobs, load_policy, pack, response_logits
 from marlhf.sampling import Sampler, draw, keyed_uniforms
@@ -190,9 +193,12 @@ def test_only_one_chunks_keys_and_values_live(monkeypatch):
     assert alive == [1, 2] * 3  # two layers
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("arch", CONFIGS)
-def test_greedy_is_transformers_generate(arch):
+def test_greedy_is_transformers_generate(arch, attention):
     model = make(arch)
+    if arch != "gemma2":  # which has eager alone
+        model.set_attn_implementation(attention)
     sample, ids, mask = run(model, temperature=0)
     own = model.generate(
         ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=12, pad_token_id=0
@@ -230,6 +236,120 @@ def test_sampling_leaves_the_model_as_it_was():
     assert not model.training
     assert torch.equal(one.tokens, two.tokens)
     assert not one.logprobs.requires_grad
+
+
+# The compiled decoding step
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that the step was compiled to; they are run as they stand."""
+    found = []
+
+    def backend(graph, _):
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(compiled, "COMPILER", {"backend": backend})
+    torch._dynamo.reset()
+    compiled._compiled.cache_clear()
+    yield found
+    torch._dynamo.reset()
+    compiled._compiled.cache_clear()
+
+
+def compare(model, prompts, rows=3, top_k=20):
+    """The same sample with the compiled step as without."""
+    ids, mask = left_pad(prompts, 0)
+    numbers = uniforms(len(prompts))
+    want = Sampler(model, TOKENS, 1.0, top_k)(ids, mask, numbers)
+    got = Sampler(model, TOKENS, 1.0, top_k, rows, compile=True)(ids, mask, numbers)
+    assert torch.equal(got.tokens, want.tokens)
+    assert torch.equal(got.mask, want.mask)
+    assert torch.equal(got.finished, want.finished)
+    torch.testing.assert_close(got.logprobs, want.logprobs, atol=TOLERANCE, rtol=1e-4)
+    return want
+
+
+def lora(seed=0):
+    import peft
+
+    model = make("llama")
+    torch.manual_seed(seed)
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return peft.get_peft_model(model, settings)
+
+
+WIDE = {"gemma2": {"sliding_window": 512}}  # longer than a kept cache
+
+
+@pytest.mark.parametrize("arch", [*CONFIGS, "lora"])
+def test_a_compiled_step_is_the_same_and_is_compiled_once(arch, graphs):
+    """Over rollouts of other lengths and rows, weights that change, and a second model."""
+    model = lora() if arch == "lora" else make(arch, **WIDE.get(arch, {}))
+    first = compare(model, PROMPTS)
+    assert len(graphs) == 1
+    cache = compiled._CACHES[model][2]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    second = compare(model, [[*PROMPTS[0], *range(20, 40)], *PROMPTS[1:], [5], [6, 7]])
+    assert compiled._CACHES[model][2] is cache
+    assert not torch.equal(second.tokens[1], first.tokens[1])
+    if arch != "lora":
+        other = make(arch, **WIDE.get(arch, {}))
+        with torch.no_grad():
+            other.get_output_embeddings().weight.mul_(-1)
+        compare(other, PROMPTS)
+        compare(model, PROMPTS[:2])
+    assert len(graphs) == 1
+
+
+def test_a_kept_cache_grows_and_dies_with_its_model(graphs):
+    model = make("llama")
+    compare(model, PROMPTS)
+    assert compiled._CACHES[model][:2] == (3, 128)
+    compare(model, [list(range(2, 50)) * 3, *PROMPTS])
+    assert compiled._CACHES[model][:2] == (3, 256)
+    compare(model, PROMPTS, rows=2)  # and stays long
+    assert compiled._CACHES[model][:2] == (2, 256)
+    assert len(graphs) == 3
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_more_models_than_the_compiler_allows_by_itself(graphs):
+    for rows in range(1, 12):
+        compare(make("llama"), PROMPTS * 4, rows=rows)
+    assert len(graphs) == 11
+
+
+def test_a_step_that_cannot_be_compiled_says_so(graphs):
+    model = make("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="not with model.attention=flash_attention_2"):
+        Sampler(model, TOKENS, 1.0, compile=True)(torch.ones(1, 2).long(), *2 * [torch.ones(1, 2)])
+    with pytest.raises(ValueError, match=r"compile: Gemma2ForCausalLM.*window 6"):
+        compare(make("gemma2"), PROMPTS)
+    model = make("llama")
+    forward = model.forward
+
+    def broken(**kwargs):
+        torch._dynamo.graph_break()
+        return forward(**kwargs)
+
+    model.forward = broken
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be compiled.*compile=false"):
+        compare(model, PROMPTS)
+
+
+@pytest.mark.slow
+def test_the_step_compiled_to_machine_code():
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    compare(make("llama"), PROMPTS)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the stories model is not on this machine")
