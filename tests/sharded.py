@@ -1,6 +1,6 @@
 """`python -m marlhf` with FSDP on a CPU, where accelerate does not offer it: `main` makes it.
 
-Run by torchrun (tests/test_sharding.py). STOP=<place> breaks the run there.
+Run by torchrun (tests/test_placement.py). STOP=<place> breaks the run there.
 """
 
 import os
