@@ -1,9 +1,12 @@
-"""The presets of the paper's models say what Table 5 says, number by number."""
+"""The presets of the paper's models say what Table 5 says, number by number; which commits of the
+hub they take."""
+
+import re
 
 import pytest
 
-from marlhf import paper
-from marlhf.config import get, load_config, presets
+from marlhf import paper, stages
+from marlhf.config import CONFIGS, get, load_config, presets, read_yaml
 from marlhf.experiment import Experiment
 
 PAIRS = paper.table5_models()
@@ -55,3 +58,45 @@ def test_scales_choose_the_presets():
     for name in ("fig13_hh", "fig15_webgpt"):
         for scale in ("gemma-2b", "gemma-7b", "pythia-160m", "smollm2-135m"):
             assert Experiment.load(name, scale).configs
+
+
+# ---------------------------------------------------------------- commits of the hub
+
+
+def test_no_preset_has_the_revision_of_another_model():
+    """A preset that names a model says its revision too, null or a commit: it inherits none."""
+    found = {}
+    for preset in presets():
+        own = read_yaml(CONFIGS / "presets" / f"{preset}.yaml").get("model", {})
+        if own.get("name", "tiny") != "tiny":
+            assert "revision" in own, f"{preset} would take its base's revision"
+        model = load_config(preset).model
+        found.setdefault(model.revision, set()).add(model.name)
+        assert model.revision is None or re.fullmatch("[0-9a-f]{40}", model.revision)
+    assert found.pop(None) and found
+    assert all(len(names) == 1 for names in found.values()), found
+
+
+def test_one_model_has_one_revision_in_all_presets():
+    found = {}
+    for preset in presets():
+        model = load_config(preset).model
+        found.setdefault(model.name, set()).add(model.revision)
+    assert all(len(revisions) == 1 for revisions in found.values()), found
+
+
+def test_a_ready_model_may_name_its_revision(monkeypatch, tmp_path):
+    calls = []
+
+    def snapshot_download(name, revision):
+        calls.append((name, revision))
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    config = load_config("tldr-smoke")
+    main, pinned = (
+        stages.given_spec("rm", name, config) for name in ("owner/rm", "owner/rm@0123abc")
+    )
+    assert main.hash != pinned.hash  # another model, whatever main is
+    assert [stages._downloaded(spec.given) for spec in (main, pinned)] == [tmp_path] * 2
+    assert calls == [("owner/rm", None), ("owner/rm", "0123abc")]
