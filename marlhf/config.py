@@ -362,10 +362,12 @@ def load_config(preset: str, *overrides: str | Mapping[str, Any]) -> Config:
     tree = OmegaConf.structured(Config)
     for path, layer in _preset_layers(preset):
         _apply(tree, _flat(layer), f"{path}: ")
-    tree.name = Path(preset).stem
-    for override in overrides:
-        flat = _parse(override) if isinstance(override, str) else _flat(override)
+    tree.name, model = Path(preset).stem, tree.model.name
+    flats = [_parse(each) if isinstance(each, str) else _flat(each) for each in overrides]
+    for flat in flats:
         _apply(tree, flat, "")
+    if tree.model.name != model and not any("model.revision" in flat for flat in flats):
+        tree.model.revision = None  # the preset's commit is of the preset's model
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:  # an interpolation that points nowhere

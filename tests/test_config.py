@@ -141,3 +141,13 @@ def test_a_preset_cannot_be_its_own_base(tmp_path, monkeypatch):
 def test_dict_and_get_follow_dotted_names():
     config = load_config("tldr-tiny")
     assert get(config, "ppo.macro.n") == to_dict(config)["ppo"]["macro"]["n"] == 5
+
+
+def test_a_presets_commit_is_of_the_presets_model():
+    def revision(*overrides):
+        return load_config("tldr-gemma-2b", *overrides).model.revision
+
+    commit = revision()
+    assert commit and revision({"model.name": "google/gemma-2b"}) == commit
+    assert revision("model.name=owner/model") is revision({"model": {"name": "a/b"}}) is None
+    assert revision("model.revision=0123abc", {"model.name": "owner/model"}) == "0123abc"

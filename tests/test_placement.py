@@ -1,13 +1,15 @@
-"""FSDP on two processes (gloo): the same run as on one, resumed too; weights are in shares."""
+"""Weights in shares (FSDP, two processes, gloo): the same run as on one, resumed too. Precision."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from test_ppo import make, world  # noqa: F401
 from test_processes import SETTINGS, alone, compare, launch, tables  # noqa: F401
 
 from marlhf import placement
 from marlhf.config import load_config
+from marlhf.stages import entry_modules, stage_spec
 
 SCRIPT = Path(__file__).with_name("sharded.py")
 
@@ -57,3 +59,33 @@ def test_lora_in_shares_is_refused(monkeypatch):
     config = load_config("tldr-smoke", "model.lora.rank=4")
     with pytest.raises(ValueError, match="with LoRA take DDP"):
         placement.make_accelerator(config.model)
+
+
+def test_products_are_bfloat16_and_all_that_is_kept_float32(world):  # noqa: F811
+    plain, mixed = make(world), make(world, model__autocast="bfloat16")
+    seen = []
+    for model in (mixed.actor.policy, mixed.actor.critic, mixed.reference.model):
+        model.model.layers[-1].register_forward_hook(lambda *given: seen.append(given[2].dtype))
+    rollout = mixed.score(mixed.rollout(0))
+    whole = plain._forward(rollout, torch.arange(8))
+    rounded = mixed._forward(rollout, torch.arange(8))
+    assert rounded[0].dtype == rounded[1].dtype == torch.float32
+    for exact, other in zip(whole, rounded, strict=True):
+        assert 0 < (exact - other).abs().max() < 0.2  # 8 bits of a logit of 8
+    # the learner multiplies as the sampler did
+    assert (rounded[0] - rollout.logprobs).abs().max() < 0.2
+    mixed.update(rollout, mixed.advantages(rollout))
+    assert set(seen) == {torch.bfloat16}
+    moments = [s["exp_avg"] for s in mixed.optimizer.state.values()]
+    kept = [*mixed.actor.parameters(), *moments]
+    assert moments and {x.dtype for x in kept} == {torch.float32}
+
+
+def test_autocast_is_part_of_what_a_run_is():
+    plain, mixed = (load_config("tldr-smoke", *o) for o in ((), ("model.autocast=bfloat16",)))
+    assert "marlhf.placement" not in entry_modules("ppo", plain)
+    assert "marlhf.placement" in entry_modules("ppo", mixed)
+    one, two = (stage_spec("ppo", config) for config in (plain, mixed))
+    assert "autocast" not in one.identity["config"]["model"]
+    assert two.identity["config"]["model"]["autocast"] == "bfloat16"
+    assert one.identity["source"] != two.identity["source"]
