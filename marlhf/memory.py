@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from marlhf.compiled import MULTIPLE
 from marlhf.config import CONFIGS, Config, ConfigError, nearest, read_yaml
 from marlhf.models import (
     _add_lora,
@@ -168,8 +169,10 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
         peak["gradients"] *= 2
     size = parameters(policy)
     sampling = Counter(weights) + Counter(optimizer=tracker.now["optimizer"])
-    rows = max(config.ppo.batch // processes, min(config.eval.batch, config.eval.prompts))
+    rows = rows_at_once(config, processes)
     sampling["key-value cache"] = rows * cache_bytes(shape, config)
+    if config.ppo.sampling.compile:  # it is kept
+        peak["key-value cache"] = sampling["key-value cache"]
     sampling["activations"] = 4 * rows * shape.get_text_config().vocab_size * 4  # next tokens
     del frozen
     return Estimate(
@@ -180,12 +183,21 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
     )
 
 
+def rows_at_once(config: Config, processes: int = 1) -> int:
+    """The most prompts that a process samples at once, in a rollout or an evaluation."""
+    rollout = config.ppo.batch // processes
+    rollout = min(rollout, config.ppo.sampling.rows or rollout)
+    return max(rollout, min(config.eval.batch, config.eval.prompts))
+
+
 def cache_bytes(shape: Any, config: Config) -> int:
     """Keys and values of one row: prompt and response in every layer."""
     text = shape.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     tokens = config.data.prompt_tokens + config.data.response_tokens
+    if config.ppo.sampling.compile:
+        tokens = -(-tokens // MULTIPLE) * MULTIPLE
     return 2 * text.num_hidden_layers * heads * size * tokens * _dtype(config.model.dtype).itemsize
 
 
@@ -209,7 +221,9 @@ def _structure(config: Config, shape: Any):
     the same trunk."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    kwargs = {"dtype": _dtype(config.model.dtype), "attn_implementation": "sdpa"}
+    # flash attention needs its package, and keeps as little as sdpa
+    attention = "eager" if config.model.attention == "eager" else "sdpa"
+    kwargs = {"dtype": _dtype(config.model.dtype), "attn_implementation": attention}
     small, frozen = copy.deepcopy(shape), []
     small.num_labels = 1
     with torch.device("meta"):

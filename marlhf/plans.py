@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+
+from omegaconf import OmegaConf
 
 from marlhf import processes
 from marlhf.config import Config, ConfigError, needs_rm
@@ -15,19 +16,9 @@ SEVERAL = 8  # processes of the last proposal: GPUs of a node
 
 
 def changed(config: Config, settings: Sequence[str]) -> Config:
-    """The config with some model and PPO settings; batches stay what they are."""
-    model, ppo = config.model, config.ppo
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key == "model.lora.rank":
-            model = replace(model, lora=replace(model.lora, rank=int(value)))
-        elif key == "model.dtype":
-            model = replace(model, dtype=value)
-        elif key == "model.gradient_checkpointing":
-            model = replace(model, gradient_checkpointing=value == "true")
-        else:
-            ppo = replace(ppo, micro_batch=int(value))
-    return replace(config, model=model, ppo=ppo)
+    """The config with some settings of the form key=value."""
+    tree = OmegaConf.merge(OmegaConf.structured(config), OmegaConf.from_dotlist(list(settings)))
+    return OmegaConf.to_object(tree)
 
 
 def preset_plan(config: Config) -> str:
@@ -76,6 +67,8 @@ def _batches(config: Config) -> list[str]:
         f"{rows // micro} micro-batches of {micro}, {ppo.passes} times over",
         f"       {ppo.updates} updates: {ppo.updates * ppo.batch:,} responses of at most "
         f"{data.response_tokens} tokens to prompts of at most {data.prompt_tokens}",
+        f"       {min(ppo.sampling.rows or ppo.batch, ppo.batch)} prompts sampled at once, "
+        f"{config.eval.batch} in an evaluation",
     ]
     return lines
 
@@ -104,32 +97,68 @@ def device_memory() -> tuple[int, str]:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine"
 
 
+def fewer_rows(config: Config, count: int, limit: int) -> tuple[str, ...] | None:
+    """Settings with which the keys and values of prompts sampled at once fit beside the rest on
+    each of `count` processes; () where all fits as it is, None where the rest does not."""
+    from marlhf.memory import estimate, rows_at_once
+
+    found = estimate(config, count)
+    if found.peak <= limit:
+        return ()
+    rows = fits = rows_at_once(config, count)
+    cache = "key-value cache"
+    for parts, grow in ((found.update, (cache,)), (found.sampling, (cache, "activations"))):
+        growing = sum(parts[part] for part in grow)
+        room = limit - sum(parts.values()) + growing
+        if room < 0:
+            return None
+        if growing:
+            fits = min(fits, int(room / growing * rows))
+    if fits < 1:
+        return None
+    fits = 2 ** (fits.bit_length() - 1)
+    each = config.ppo.batch // count > fits, min(config.eval.batch, config.eval.prompts) > fits
+    names = ("ppo.sampling.rows", "eval.batch")
+    return tuple(f"{name}={fits}" for name, much in zip(names, each, strict=True) if much)
+
+
 def require_fit(config: Config, memory: int | None = None) -> None:
     """Raises ConfigError where PPO of a model that is not tiny cannot fit a process' device, with
     the settings that would; passes where the model's shape is not known."""
-    from marlhf.memory import GIB, estimate, model_shape, parameters_of
+    from marlhf.memory import (
+        GIB,
+        cache_bytes,
+        estimate,
+        model_shape,
+        parameters_of,
+        rows_at_once,
+    )
 
     if config.model.name == "tiny":
         return
     try:
-        size = parameters_of(model_shape(config))
+        shape = model_shape(config)
     except ConfigError:
         return
     count = processes.world()
     found, what = device_memory()
     limit = memory or found // (count if what == "machine" else 1)
-    if size * 64 < limit:  # four float32 models with moments and gradients, and much beside
+    # four float32 models with moments and gradients, and much beside
+    most = parameters_of(shape) * 64 + rows_at_once(config, count) * cache_bytes(shape, config)
+    if most < limit:
         return
     need = estimate(config, count).peak
     if need <= limit:
         return
     advice = "nothing that marlhf has would: take a smaller model"
-    for settings, several in ((SAVING, 1), (LORA, 1), ((*LORA, *SAVING[1:]), SEVERAL)):
-        each = changed(config, settings)
-        if config.ppo.batch % max(count, several):
+    for settings, several in (((), 1), (SAVING, 1), (LORA, 1), ((*LORA, *SAVING[1:]), SEVERAL)):
+        several = max(count, several)
+        if config.ppo.batch % several:
             continue
-        peak = estimate(each, max(count, several)).peak
-        if peak <= limit:
+        rows = fewer_rows(changed(config, settings), several, limit)
+        if rows is not None:
+            settings = (*settings, *rows)
+            peak = estimate(changed(config, settings), several).peak
             more = f" on {several} GPUs" if several > count else ""
             advice = f"{' '.join(settings)}{more} would take {peak / GIB:.1f}"
             break

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from marlhf.config import ConfigError, load_config
-from marlhf.memory import PARTS, Tracker, cache_bytes, estimate, model_shape
+from marlhf.memory import PARTS, Tracker, cache_bytes, estimate, model_shape, rows_at_once
 from marlhf.models import load_policy, load_scalar, save_model
 from marlhf.ppo import PPOTrainer
 from marlhf.rewards import RewardModel
@@ -97,6 +97,49 @@ def test_gemmas_cache_and_states_by_hand():
     assert found.update["weights"] == pytest.approx(4 * 4 * 2506.2e6, rel=1e-3)
     assert found.update["optimizer"] == pytest.approx(2 * 2 * 4 * 2506.2e6, rel=1e-3)
     assert found.update["gradients"] == pytest.approx(2 * 4 * 2506.2e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "setting, processes, rows",
+    [
+        ("ppo.sampling.rows=null", 1, 16),
+        ("ppo.sampling.rows=null", 2, 8),
+        ("ppo.sampling.rows=6", 1, 6),
+        ("ppo.sampling.rows=6", 4, 4),
+        ("ppo.sampling.rows=32", 1, 16),
+        ("ppo.sampling.rows=2", 1, 4),  # an evaluation's
+        ("eval.batch=32", 4, 8),
+    ],
+)
+def test_rows_sampled_at_once(setting, processes, rows):
+    few = ("ppo.batch=16", "eval.prompts=8", "eval.batch=4")
+    assert rows_at_once(load_config("tldr-smoke", *few, setting), processes) == rows
+
+
+def test_keys_and_values_are_those_of_the_rows_sampled_at_once():
+    config = load_config("tldr-smoke", "ppo.batch=16", "ppo.sampling.rows=6", "eval.batch=4")
+    row = cache_bytes(model_shape(config), config)
+    assert row == 2 * 2 * 64 * 4 * (config.data.prompt_tokens + config.data.response_tokens)
+    found = estimate(config)
+    assert found.sampling["key-value cache"] == 6 * row
+    assert found.update["key-value cache"] == 0
+
+
+def test_the_cache_of_a_compiled_step_is_there_in_the_update_too():
+    lengths = ("data.prompt_tokens=100", "data.response_tokens=60", "eval.batch=4")
+    config = load_config("tldr-smoke", "ppo.sampling.compile=true", "ppo.sampling.rows=4", *lengths)
+    found = estimate(config)
+    want = 4 * 2 * 2 * 64 * 4 * 256  # rounded up from 160 tokens
+    assert found.update["key-value cache"] == found.sampling["key-value cache"] == want
+
+
+def test_a_model_whose_kernel_is_eager_is_counted_with_it():
+    """Gemma-2's capped scores leave it no other; its scores are kept for the backward pass."""
+    config = load_config("tldr-gemma-2-27b", "model.lora.rank=8", "model.dtype=bfloat16")
+    shape = model_shape(config)
+    assert shape.model_type == "gemma2" and config.model.attention == "eager"
+    small = load_config("tldr-smoke", "model.attention=eager")
+    assert estimate(small).peak > estimate(load_config("tldr-smoke")).peak
 
 
 def test_a_model_of_unknown_shape_is_an_error_that_says_where_shapes_are():

@@ -33,6 +33,7 @@ def test_a_presets_plan_on_one_page(capsys):
     for part in ("weights", "gradients", "optimizer", "activations", "key-value cache"):
         assert part in said.out
     assert "64 prompts an update = 1 minibatches of 16 micro-batches of 4" in said.out
+    assert "64 prompts sampled at once, 64 in an evaluation" in said.out
     assert "10 updates: 640 responses of at most 512 tokens" in said.out
     assert "not measured" in said.out
     totals = [float(line.split()[-1]) for line in said.out.splitlines() if "  update" in line]
@@ -66,6 +67,21 @@ def test_what_cannot_fit_says_so_and_what_would():
     plans.require_fit(load_config("tldr-smollm2-135m", *settings), 3 * GIB)
     with pytest.raises(ConfigError, match="take a smaller model"):
         plans.require_fit(config, GIB // 8)
+
+
+def test_where_keys_and_values_alone_do_not_fit_fewer_rows_would():
+    config = load_config("tldr-smollm2-135m", "ppo.batch=512", "eval.batch=128")
+    with pytest.raises(ConfigError) as caught:
+        plans.require_fit(config, 6 * GIB)
+    said = re.search(r"has 6\.0: (.*) would take ([\d.]+)", str(caught.value))
+    rows = int(re.fullmatch(r"ppo.sampling.rows=(\d+) eval.batch=\1", said[1])[1])
+    assert float(said[2]) <= 6
+    fits = plans.changed(config, said[1].split())
+    assert (fits.ppo.sampling.rows, fits.eval.batch, fits.ppo.batch) == (rows, rows, 512)
+    assert plans.fewer_rows(fits, 1, 6 * GIB) == ()
+    more = plans.changed(fits, [f"ppo.sampling.rows={2 * rows}"])
+    assert plans.fewer_rows(more, 1, 6 * GIB) == (f"ppo.sampling.rows={rows}",)
+    assert plans.fewer_rows(config, 1, 2 * GIB) is None  # the update does not fit either
 
 
 def test_a_model_of_unknown_shape_is_tried():
