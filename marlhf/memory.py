@@ -31,6 +31,7 @@ from marlhf.models import (
     token_logprobs,
 )
 from marlhf.objectives import policy_loss, value_loss
+from marlhf.placement import precision, set_precision
 
 GIB = 2**30
 PARTS = ("weights", "gradients", "optimizer", "activations", "key-value cache")
@@ -133,10 +134,13 @@ class Estimate:
         return max(sum(self.update.values()), sum(self.sampling.values()))
 
 
-def estimate(config: Config, processes: int = 1) -> Estimate:
-    """The memory of PPO on each of `processes` devices, at the longest prompts and responses."""
+def estimate(config: Config, processes: int = 1, shares: bool = False) -> Estimate:
+    """The memory of PPO on each of `processes` devices, at the longest prompts and responses;
+    `shares`: with a share of the weights on each (FSDP)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    if shares:
+        return _estimate_shares(config, processes)
     shape = model_shape(config)
     policy, critic, frozen = _structure(config, shape)
     with FakeTensorMode(), Tracker() as tracker:
@@ -169,6 +173,8 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
         peak["gradients"] *= 2
     size = parameters(policy)
     sampling = Counter(weights) + Counter(optimizer=tracker.now["optimizer"])
+    if config.model.autocast:  # the policy's weights are cast once for all tokens
+        sampling["weights"] += size * working_size(config)
     rows = rows_at_once(config, processes)
     sampling["key-value cache"] = rows * cache_bytes(shape, config)
     if config.ppo.sampling.compile:  # it is kept
@@ -181,6 +187,38 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
         update={part: peak[part] for part in PARTS},
         sampling={part: sampling[part] for part in PARTS},
     )
+
+
+def _estimate_shares(config: Config, processes: int) -> Estimate:
+    """`estimate` with the weights in shares, as `marlhf.placement` has them: float32 shares of
+    weights, gradients and moments; beside them, in the products' precision, what is fetched.
+
+    That is in the update two layers, and from its beginning to its end what stands outside of the
+    layers (embeddings, norms, heads), whose gradient is whole in float32 before it is shared out;
+    in sampling the policy.
+    """
+    size = working_size(config)
+    alike = copy.deepcopy(config)
+    alike.model.dtype, alike.model.autocast = config.model.autocast or config.model.dtype, None
+    found = estimate(alike, processes)
+    policy, critic, frozen = _structure(config, model_shape(config))
+    models = [backbone_of(model) for model in (policy, critic)]
+    layer = max(parameters(each) for each in models[0].layers)
+    trained = parameters(policy) + parameters(critic)
+    outside = trained - sum(parameters(model.layers) for model in models)
+    kept = 4 * (trained + sum(map(parameters, frozen))) // processes
+    always = {"weights": kept, "gradients": 0, "optimizer": 2 * 4 * trained // processes}
+    update = always | {part: found.update[part] for part in ("activations", "key-value cache")}
+    update["weights"] += (outside + 2 * layer) * size
+    update["gradients"] = 4 * trained // processes + max(outside, layer) * (size + 4)
+    sampling = always | {part: found.sampling[part] for part in ("activations", "key-value cache")}
+    sampling["weights"] += (parameters(models[0].layers) + outside) * size
+    return Estimate(parameters(policy), trained, update, sampling)
+
+
+def working_size(config: Config) -> int:
+    """Bytes of a number in the precision of the products."""
+    return _dtype(config.model.autocast or config.model.dtype).itemsize
 
 
 def rows_at_once(config: Config, processes: int = 1) -> int:
@@ -198,7 +236,7 @@ def cache_bytes(shape: Any, config: Config) -> int:
     tokens = config.data.prompt_tokens + config.data.response_tokens
     if config.ppo.sampling.compile:
         tokens = -(-tokens // MULTIPLE) * MULTIPLE
-    return 2 * text.num_hidden_layers * heads * size * tokens * _dtype(config.model.dtype).itemsize
+    return 2 * text.num_hidden_layers * heads * size * tokens * working_size(config)
 
 
 def _adapter_size(model) -> int:
@@ -239,6 +277,9 @@ def _structure(config: Config, shape: Any):
         if config.model.gradient_checkpointing:
             each.activation_checkpointing_enable({"use_reentrant": False})
         each.train(config.model.gradient_checkpointing)
+    set_precision(policy, config.model)
+    if critic is not policy:
+        set_precision(critic, config.model)
     for each in frozen:
         each.requires_grad_(False)
     return policy, critic, frozen
@@ -280,12 +321,13 @@ def _loss(config: Config, policy, critic, rows: int) -> torch.Tensor:
     ids = torch.zeros(rows, width, dtype=torch.long)
     places = torch.zeros(rows * length, dtype=torch.long)
     tokens, mask = places.clone(), torch.ones(rows, length, dtype=torch.bool)
-    hidden = hidden_at(backbone_of(critic), ids, places)
-    values = hidden.float().sum(-1).view(rows, length)
-    hidden = hidden_at(backbone_of(policy), ids, places)
     top = config.ppo.sampling.top_k
     kept = None if top is None else torch.zeros(len(tokens), top, dtype=torch.long)
-    logprobs, _ = token_logprobs(policy, hidden, tokens, 1.0, kept, entropy=True)
+    with precision(policy):
+        hidden = hidden_at(backbone_of(critic), ids, places)
+        values = hidden.float().sum(-1).view(rows, length)
+        hidden = hidden_at(backbone_of(policy), ids, places)
+        logprobs, _ = token_logprobs(policy, hidden, tokens, 1.0, kept, entropy=True)
     old = torch.zeros(rows, length)
     loss = policy_loss(logprobs.view(rows, length), old, old, mask, denominator=1.0)
     return loss + value_loss(values, old, old, mask, denominator=1.0)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 
-from marlhf import processes
+from marlhf import placement, processes
 from marlhf.config import Config, ConfigError, needs_rm
 
 SAVING = ("model.gradient_checkpointing=true", "ppo.micro_batch=1")
@@ -25,15 +25,19 @@ def preset_plan(config: Config) -> str:
     """The text of `marlhf plan PRESET`."""
     from marlhf.memory import GIB, PARTS, estimate
 
-    variants = [("as the preset says", config, 1)]
+    variants = [("as the preset says", config, 1, False)]
+    several = config.model.name != "tiny" and config.ppo.batch % SEVERAL == 0
+    if several and not config.model.lora.rank:
+        variants.append((f"in shares on {SEVERAL} GPUs (FSDP), each", config, SEVERAL, True))
+    last = config
     if config.model.name != "tiny" and not config.model.lora.rank:
-        variants.append((" ".join(LORA), changed(config, LORA), 1))
-    last = variants[-1]
-    if config.model.name != "tiny" and config.ppo.batch % SEVERAL == 0:
-        variants.append((f"the same on {SEVERAL} GPUs, each", last[1], SEVERAL))
+        last = changed(config, LORA)
+        variants.append((" ".join(LORA), last, 1, False))
+    if several:
+        variants.append((f"the same on {SEVERAL} GPUs (DDP), each", last, SEVERAL, False))
     lines = []
-    for title, each, count in variants:
-        found = estimate(each, count)
+    for title, each, count, shares in variants:
+        found = estimate(each, count, shares)
         if not lines:
             unit, name = (GIB, "GiB") if found.peak > GIB else (2**20, "MiB")
             lines += [
@@ -97,12 +101,14 @@ def device_memory() -> tuple[int, str]:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine"
 
 
-def fewer_rows(config: Config, count: int, limit: int) -> tuple[str, ...] | None:
+def fewer_rows(
+    config: Config, count: int, limit: int, shares: bool = False
+) -> tuple[str, ...] | None:
     """Settings with which the keys and values of prompts sampled at once fit beside the rest on
     each of `count` processes; () where all fits as it is, None where the rest does not."""
     from marlhf.memory import estimate, rows_at_once
 
-    found = estimate(config, count)
+    found = estimate(config, count, shares)
     if found.peak <= limit:
         return ()
     rows = fits = rows_at_once(config, count)
@@ -147,19 +153,24 @@ def require_fit(config: Config, memory: int | None = None) -> None:
     most = parameters_of(shape) * 64 + rows_at_once(config, count) * cache_bytes(shape, config)
     if most < limit:
         return
-    need = estimate(config, count).peak
+    shared = placement.sharding()
+    need = estimate(config, count, shared).peak
     if need <= limit:
         return
     advice = "nothing that marlhf has would: take a smaller model"
-    for settings, several in (((), 1), (SAVING, 1), (LORA, 1), ((*LORA, *SAVING[1:]), SEVERAL)):
+    ways = [((), 1, shared), (SAVING, 1, shared)]
+    ways += [(LORA, 1, False), ((*LORA, *SAVING[1:]), SEVERAL, False), (SAVING, SEVERAL, True)]
+    for settings, several, shares in ways:
         several = max(count, several)
-        if config.ppo.batch % several:
+        if config.ppo.batch % several or (shares and config.model.lora.rank):
             continue
-        rows = fewer_rows(changed(config, settings), several, limit)
+        rows = fewer_rows(changed(config, settings), several, limit, shares)
         if rows is not None:
             settings = (*settings, *rows)
-            peak = estimate(changed(config, settings), several).peak
+            peak = estimate(changed(config, settings), several, shares).peak
             more = f" on {several} GPUs" if several > count else ""
+            kind = {True: " in shares (FSDP)", False: " without FSDP"}[shares]
+            more += kind if shares != shared else ""
             advice = f"{' '.join(settings)}{more} would take {peak / GIB:.1f}"
             break
     raise ConfigError(

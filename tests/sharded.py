@@ -3,6 +3,7 @@
 Run by torchrun (tests/test_placement.py). STOP=<place> breaks the run there.
 """
 
+import gc
 import os
 import sys
 
@@ -30,20 +31,43 @@ def shard_on_cpu() -> None:
     os.environ["ACCELERATE_USE_FSDP"] = "true"
 
 
+def say(*words) -> None:
+    """A line in one piece, whatever the other process prints."""
+    sys.stdout.flush()
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def kept() -> int:
+    """Bytes of all floating tensors that live in this process."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    tensors = [getattr(x, "_local_tensor", x) for x in tensors]
+    storages = [x.untyped_storage() for x in tensors if x.is_floating_point()]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
 def watch() -> None:
-    """Prints whether all weights are in shares, and what a model at work finds instead."""
+    """Prints whether all weights are in shares, what a model at work finds instead, and the bytes
+    kept before the first update and after each."""
     real_init, real_whole = PPOTrainer.__init__, placement._whole
+    real_update = PPOTrainer.one_update
 
     def init(self, *args, **kwargs):
         real_init(self, *args, **kwargs)
         models = self.model, self.reference.model, self.reward.model
         weights = [weight for model in models for weight in model.parameters()]
         shared = all(isinstance(weight, DTensor) for weight in weights)
-        print("SHARES", shared, {weight.dtype for weight in weights})
+        say("SHARES", shared, {weight.dtype for weight in weights})
+        say("KEPT", kept())
+
+    def update(self, number):
+        row = real_update(self, number)
+        say("KEPT", kept())
+        return row
 
     def whole(model, root):
         def seen():
-            print("WHOLE", {(type(w) is DTensor, w.dtype) for w in model.parameters()})
+            say("WHOLE", {(type(w) is DTensor, w.dtype) for w in model.parameters()})
 
         class Whole:
             def __enter__(self):
@@ -57,7 +81,7 @@ def watch() -> None:
 
         return Whole()
 
-    PPOTrainer.__init__, placement._whole = init, whole
+    PPOTrainer.__init__, PPOTrainer.one_update, placement._whole = init, update, whole
 
 
 def stop(place: str) -> None:

@@ -9,6 +9,7 @@ from test_processes import SETTINGS, alone, compare, launch, tables  # noqa: F40
 
 from marlhf import placement
 from marlhf.config import load_config
+from marlhf.memory import estimate
 from marlhf.stages import entry_modules, stage_spec
 
 SCRIPT = Path(__file__).with_name("sharded.py")
@@ -24,6 +25,10 @@ def test_shares_do_what_whole_weights_do(alone, tmp_path):  # noqa: F811
     assert code == 0, err[-3000:]
     assert out.count("SHARES True {torch.float32}") == 2
     assert out.count("WHOLE {(False, torch.float32)}") > 10 and out.count("(True,") == 0
+    found = estimate(load_config("tldr-smoke", *SETTINGS[2:]), 2, shares=True)
+    before, *after = sorted({int(line.split()[1]) for line in out.splitlines() if "KEPT" in line})
+    assert before == pytest.approx(2 * found.trained * 4 / 2, rel=0.05)  # four models, two read
+    assert max(after) - before == pytest.approx(found.update["optimizer"], rel=0.05)
     compare(tables(alone), tables(tmp_path))
     from safetensors.torch import load_file
 
