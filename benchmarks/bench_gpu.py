@@ -4,7 +4,8 @@
     python -m benchmarks.bench_gpu --toy                              two layers, a CPU, seconds
 
 Nothing is downloaded. Policy, critic, reference and reward model are LoRA roles on one bfloat16
-trunk; then all weights in float32, where `marlhf plan` says that they fit. Prompts and responses
+trunk; then sampling alone with the decoding step compiled; then all weights, float32 with bfloat16
+products, where `marlhf plan` says that they fit. Prompts and responses
 have full length (the end token is never met). Each part is timed on its own, after one update that
 is not counted, between synchronisations; memory is the allocator's peak within the part.
 """
@@ -142,6 +143,18 @@ def measure_update(trainer: PPOTrainer, sizes: dict) -> dict:
     }
 
 
+def measure_sampling(trainer: PPOTrainer, sizes: dict) -> dict:
+    """Sampling alone: the first rollout, which compiles, and the median of those after it."""
+    times = []
+    for update in range(1 + sizes["updates"]):
+        start = synchronise()
+        trainer.rollout(update)
+        times.append(synchronise() - start)
+    tokens = sizes["batch"] * sizes["response"]
+    median = statistics.median(times[1:])
+    return {"first_seconds": times[0], "sampled_tokens_per_second": tokens / median}
+
+
 def limits(toy: bool) -> dict:
     """Rate of bfloat16 products, and of a copy (bytes read and written)."""
     size, length = (256, 2**20) if toy else (8192, 2**28)
@@ -196,6 +209,9 @@ def main() -> None:
                 continue
             trainer = make_trainer(config, folder, sizes, shape["vocab_size"])
             found[kind] = measure_update(trainer, sizes)
+            if kind == "lora":
+                trainer.ppo.sampling.compile = True
+                found["lora, compiled step"] = measure_sampling(trainer, sizes)
             del trainer
             if GPU:
                 torch.cuda.empty_cache()
