@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from marlhf import processes
 from marlhf.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ _ROOTS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def sharding() -> bool:
-    """Whether the launcher asks for FSDP (configs/accelerate/fsdp.yaml)."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    """Whether the launcher asks for FSDP (configs/accelerate/fsdp.yaml), and for two processes or
+    more: one holds all shares."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return asked and processes.world() > 1
 
 
 # Precision

@@ -61,6 +61,9 @@ def test_shares_stay_float32_where_products_are_bfloat16(tmp_path):
 
 def test_lora_in_shares_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert not placement.sharding()  # one process
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     config = load_config("tldr-smoke", "model.lora.rank=4")
     with pytest.raises(ValueError, match="with LoRA take DDP"):
         placement.make_accelerator(config.model)
