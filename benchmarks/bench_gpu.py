@@ -1,6 +1,7 @@
 """What one GPU does: sampling, one update by part, its memory, macro-GAE; random weights.
 
     python -m benchmarks.bench_gpu [--out results/gpu/NAME.json]      gemma-2b's shape, minutes
+    python -m benchmarks.bench_gpu --trl PYTHON ...                   TRL's PPOTrainer beside it
     python -m benchmarks.bench_gpu --toy                              two layers, a CPU, seconds
 
 Nothing is downloaded. Policy, critic, reference and reward model are LoRA roles on one bfloat16
@@ -155,6 +156,32 @@ def measure_sampling(trainer: PPOTrainer, sizes: dict) -> dict:
     return {"first_seconds": times[0], "sampled_tokens_per_second": tokens / median}
 
 
+def measure_trl(python: Path, shape: dict, sizes: dict) -> dict:
+    """TRL 1.9.2's PPOTrainer, all weights, in the environment of requirements-trl.txt: the same
+    shape, batch, lengths and micro-batches; on a GPU bfloat16 products and checkpointing as ours.
+    """
+    from benchmarks.bench_update import Trl
+
+    names = {
+        "vocab": "vocab_size", "hidden": "hidden_size", "ff": "intermediate_size",
+        "layers": "num_hidden_layers", "heads": "num_attention_heads",
+        "kv_heads": "num_key_value_heads", "head_dim": "head_dim",
+    }  # fmt: skip
+    wanted = {name: shape[key] for name, key in names.items()}
+    wanted |= {name: sizes[name] for name in ("batch", "prompt", "response", "micro")}
+    wanted |= {"temperature": 0.8, "gpu": GPU, "warmup": 1}
+    try:
+        trl = Trl(python, wanted)
+        rows = [trl.update() for _ in range(sizes["updates"])]
+    except SystemExit as error:  # it does not fit, or TRL is not there
+        return {"not run": str(error).strip().splitlines()[-1]}
+    trl.close()
+    found = {"seconds": {"update": statistics.median(row["wall"] for row in rows)}}
+    if GPU:
+        found["peak_gib"] = max(row["memory"] for row in rows) / GIB
+    return found
+
+
 def limits(toy: bool) -> dict:
     """Rate of bfloat16 products, and of a copy (bytes read and written)."""
     size, length = (256, 2**20) if toy else (8192, 2**28)
@@ -181,6 +208,7 @@ def measure_macro_gae(toy: bool) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="toy sizes, to try it on a CPU")
+    parser.add_argument("--trl", type=Path, metavar="PYTHON", help="python of TRL's environment")
     parser.add_argument("--out", metavar="FILE", help="where the numbers go, as JSON")
     args = parser.parse_args()
     if not (GPU or args.toy):
@@ -215,6 +243,8 @@ def main() -> None:
             del trainer
             if GPU:
                 torch.cuda.empty_cache()
+    if args.trl:
+        found["TRL 1.9.2, all weights"] = measure_trl(args.trl, shape, sizes)
     text = json.dumps(found, indent=1) + "\n"
     print(text, end="")
     if args.out:

@@ -37,16 +37,15 @@ WARMUP = 2
 class Trl:
     """TRL's trainer in its own environment, driven over a pipe (the protocol: trl_update.py)."""
 
-    def __init__(self, python: Path):
+    def __init__(self, python: Path, sizes: dict):
         if not python.is_file():
             raise SystemExit(
                 f"{python}: no such file; `make bench` makes TRL's environment there from "
                 "benchmarks/requirements-trl.txt (or give --trl PYTHON)"
             )
-        sizes = json.dumps({**SIZES, "warmup": WARMUP})
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
         self.process = subprocess.Popen(
-            [python, HERE / "trl_update.py", sizes],
+            [python, HERE / "trl_update.py", json.dumps(sizes)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -204,7 +203,7 @@ def measure(trl_python: Path, rounds: int) -> dict:
     ours = Ours()
     for _ in range(WARMUP):
         ours.update()
-    trl = Trl(trl_python)
+    trl = Trl(trl_python, {**SIZES, "warmup": WARMUP})
     rows = {"trl": [], "ours": [], "rate": []}
     for _ in range(rounds):
         rows["trl"].append(trl.update())

@@ -7,8 +7,12 @@ one that starts this file, and its `SIZES` says what they are.
 Protocol, a line each: "ready" is written once the warm-up updates are done; each "go" read is
 answered by a JSON line {"wall": seconds, "cpu": seconds, "gc": seconds} for one whole update
 (sampling, scoring, learning, metrics: all that lies between two `on_step_end`). "gc" is the part
-of it that Python's garbage collector took, which the trainer calls twice an update. The end of the
-input ends the process; nothing else reaches stdout.
+of it that Python's garbage collector took, which the trainer calls twice an update; "memory", on a
+GPU, the most bytes that its allocator held. The end of the input ends the process; nothing else
+reaches stdout.
+
+`bench_gpu.py` starts it too, with sizes that say more: kv_heads, head_dim, micro (rows in a forward
+pass), gpu (bfloat16 products, gradient checkpointing, as ours there).
 
 TRL is set as fast as its own options allow at these sizes: SDPA attention (eager is a tenth
 slower, a static cache no faster), the whole batch in one rollout forward and in one learning
@@ -64,9 +68,14 @@ class Stopwatch(TrainerCallback):
         if self.started is None:
             self.say("ready")
         else:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             now = time.perf_counter(), time.process_time(), self.collected
             took = (b - a for a, b in zip(self.started, now, strict=True))
-            self.say(json.dumps(dict(zip(("wall", "cpu", "gc"), took, strict=True))))
+            row = dict(zip(("wall", "cpu", "gc"), took, strict=True))
+            if torch.cuda.is_available():
+                row["memory"] = torch.cuda.max_memory_allocated()
+            self.say(json.dumps(row))
         if sys.stdin.readline().strip() != "go":
             sys.exit(0)
         self.started = time.perf_counter(), time.process_time(), self.collected
@@ -83,8 +92,8 @@ def gemma(kind, sizes, pad, **extra):
         intermediate_size=sizes["ff"],
         num_hidden_layers=sizes["layers"],
         num_attention_heads=sizes["heads"],
-        num_key_value_heads=sizes["heads"],
-        head_dim=sizes["hidden"] // sizes["heads"],
+        num_key_value_heads=sizes.get("kv_heads", sizes["heads"]),
+        head_dim=sizes.get("head_dim", sizes["hidden"] // sizes["heads"]),
         max_position_embeddings=2048,
         initializer_range=sizes["hidden"] ** -0.5,
         pad_token_id=None,
@@ -112,16 +121,17 @@ def build_trainer(sizes, callback, folder):
         eos_token="<eos>",
     )
     prompts = torch.randint(sizes["vocab"], (sizes["batch"] * 4, sizes["prompt"]))
+    gpu, micro = sizes.get("gpu", False), sizes.get("micro", sizes["batch"])
     config = PPOConfig(
         output_dir=folder,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=sizes["batch"],
-        gradient_accumulation_steps=1,
+        use_cpu=not gpu,
+        bf16=gpu,
+        gradient_checkpointing=gpu,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=sizes["batch"] // micro,
         num_mini_batches=1,
         num_ppo_epochs=1,
-        local_rollout_forward_batch_size=sizes["batch"],
+        local_rollout_forward_batch_size=micro,
         total_episodes=sizes["batch"] * MAX_UPDATES,
         response_length=sizes["response"],
         stop_token=None,
