@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from omegaconf import OmegaConf
 
-from marlhf import placement, processes
+from marlhf import processes
 from marlhf.config import Config, ConfigError, needs_rm
 
 SAVING = ("model.gradient_checkpointing=true", "ppo.micro_batch=1")
@@ -139,6 +139,7 @@ def require_fit(config: Config, memory: int | None = None) -> None:
         parameters_of,
         rows_at_once,
     )
+    from marlhf.placement import sharding
 
     if config.model.name == "tiny":
         return
@@ -153,7 +154,7 @@ def require_fit(config: Config, memory: int | None = None) -> None:
     most = parameters_of(shape) * 64 + rows_at_once(config, count) * cache_bytes(shape, config)
     if most < limit:
         return
-    shared = placement.sharding()
+    shared = sharding()
     need = estimate(config, count, shared).peak
     if need <= limit:
         return
