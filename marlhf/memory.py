@@ -173,7 +173,8 @@ def estimate(config: Config, processes: int = 1, shares: bool = False) -> Estima
         peak["gradients"] *= 2
     size = parameters(policy)
     sampling = Counter(weights) + Counter(optimizer=tracker.now["optimizer"])
-    if config.model.autocast:  # the policy's weights are cast once for all tokens
+    # the policy's trained weights are cast once for all tokens, frozen ones layer by layer
+    if config.model.autocast not in (None, config.model.dtype) and not config.model.lora.rank:
         sampling["weights"] += size * working_size(config)
     rows = rows_at_once(config, processes)
     sampling["key-value cache"] = rows * cache_bytes(shape, config)
@@ -190,14 +191,14 @@ def estimate(config: Config, processes: int = 1, shares: bool = False) -> Estima
 
 
 def _estimate_shares(config: Config, processes: int) -> Estimate:
-    """`estimate` with the weights in shares, as `marlhf.placement` has them: float32 shares of
-    weights, gradients and moments; beside them, in the products' precision, what is fetched.
+    """`estimate` with the weights in shares, as `marlhf.placement` has them: shares of weights,
+    gradients and moments in model.dtype; beside them, in the products' precision, what is fetched.
 
     That is in the update two layers, and from its beginning to its end what stands outside of the
     layers (embeddings, norms, heads), whose gradient is whole in float32 before it is shared out;
     in sampling the policy.
     """
-    size = working_size(config)
+    size, own = working_size(config), _dtype(config.model.dtype).itemsize
     alike = copy.deepcopy(config)
     alike.model.dtype, alike.model.autocast = config.model.autocast or config.model.dtype, None
     found = estimate(alike, processes)
@@ -206,11 +207,11 @@ def _estimate_shares(config: Config, processes: int) -> Estimate:
     layer = max(parameters(each) for each in models[0].layers)
     trained = parameters(policy) + parameters(critic)
     outside = trained - sum(parameters(model.layers) for model in models)
-    kept = 4 * (trained + sum(map(parameters, frozen))) // processes
-    always = {"weights": kept, "gradients": 0, "optimizer": 2 * 4 * trained // processes}
+    kept = own * (trained + sum(map(parameters, frozen))) // processes
+    always = {"weights": kept, "gradients": 0, "optimizer": 2 * own * trained // processes}
     update = always | {part: found.update[part] for part in ("activations", "key-value cache")}
     update["weights"] += (outside + 2 * layer) * size
-    update["gradients"] = 4 * trained // processes + max(outside, layer) * (size + 4)
+    update["gradients"] = own * trained // processes + max(outside, layer) * (size + 4)
     sampling = always | {part: found.sampling[part] for part in ("activations", "key-value cache")}
     sampling["weights"] += (parameters(models[0].layers) + outside) * size
     return Estimate(parameters(policy), trained, update, sampling)

@@ -63,6 +63,18 @@ def test_the_estimate_is_within_a_tenth_of_what_is_measured(settings, tmp_path):
     assert found.peak == pytest.approx(peak, rel=0.1)
 
 
+def test_weights_that_have_the_products_precision_are_not_cast():
+    lora = {**SMALL, "model.lora.rank": 8, "model.dtype": "bfloat16"}
+    plain, same = (
+        estimate(load_config("tldr-smoke", lora, {"model.autocast": autocast}))
+        for autocast in (None, "bfloat16")
+    )
+    assert same.sampling == plain.sampling
+    whole = estimate(load_config("tldr-smoke", SMALL))
+    cast = estimate(load_config("tldr-smoke", SMALL, {"model.autocast": "bfloat16"}))
+    assert cast.sampling["weights"] - whole.sampling["weights"] == 2 * whole.parameters
+
+
 def test_the_tracker_counts_what_lives():
     with Tracker() as tracker:
         with tracker.making("weights"):
